@@ -1,0 +1,126 @@
+"""A run on disk: write, find, load, resume. Weights and optimizer are safetensors, the rest is JSON; never pickle.
+
+    runs/<run_id>/config.json            every flag of the run
+                  metrics.jsonl          one line per optimizer step
+                  step-00000500/model.safetensors       parts trained so far: projector.*, llm.*, vision.*
+                                optimizer.safetensors   AdamW's state and every rank's random state
+                                state.json              step, parts, and what else a run needs to go on
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from config import UserError
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def step_folders(run):
+    """Complete step folders of a run, oldest first. A folder has this name only after all its files are on disk."""
+    return sorted(folder for folder in Path(run).glob("step-*") if folder.is_dir() and folder.name[5:].isdigit())
+
+
+def save(run, step, model_tensors, optimizer_tensors, state, keep):
+    """Writes one step folder, whole or not at all, then removes all but the `keep` newest. Returns the folder."""
+    run = Path(run)
+    final, part = run / f"step-{step:08d}", run / f"part-{step:08d}"
+    shutil.rmtree(part, ignore_errors=True)                 # left by a run that was killed here
+    part.mkdir(parents=True)
+    save_file(model_tensors, part / FILES[0])
+    save_file(optimizer_tensors, part / FILES[1])
+    (part / FILES[2]).write_text(json.dumps({"step": step, **state}, indent=2))
+    for name in FILES:
+        flush(part / name)
+    flush(part)
+    if final.exists():
+        shutil.rmtree(final)
+    part.rename(final)                                      # the folder appears whole or not at all
+    flush(run)
+    for old in step_folders(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def flush(path):
+    """What was written is on the disk, not in a cache, when this returns. Works for folders too (their list of names)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find(ckpt):
+    """A step folder, or the newest one of a run folder."""
+    folder = Path(ckpt)
+    if (folder / "state.json").exists():
+        return folder
+    steps = step_folders(folder)
+    if not steps:
+        raise UserError(f"--ckpt {ckpt}: there is no step-* folder in it, so nothing was saved yet. "
+                        "Give a run folder with a checkpoint, or a step folder")
+    return steps[-1]
+
+
+def read_state(step_folder):
+    return json.loads((Path(step_folder) / "state.json").read_text())
+
+
+def tensors_of(module, parts):
+    """State dict of the given parts. A tied tensor goes in once, under its first name: safetensors refuses two."""
+    tensors, seen = {}, set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name.split(".")[0] in parts and tensor not in seen:
+            seen.add(tensor)
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def load_weights(model, step_folder):
+    """Fills the parts that the checkpoint holds. Strict: every tensor of a part must be there, in its shape."""
+    file = Path(step_folder) / "model.safetensors"
+    try:
+        saved = load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file} can't be read: {e}") from e
+    parts = {name.split(".")[0] for name in saved}
+    wanted = tensors_of(model, parts)
+    wrong = ([f"missing {name}" for name in wanted if name not in saved]
+             + [f"surplus {name}" for name in saved if name not in wanted]
+             + [f"{name} is {tuple(saved[name].shape)}, the model has {tuple(wanted[name].shape)}"
+                for name in wanted if name in saved and saved[name].shape != wanted[name].shape])
+    if wrong:
+        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UserError(f"{file} is the checkpoint of another model: {shown}. "
+                        "Use the flags of the run that made it: see config.json in its run folder")
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            state[name].copy_(tensor)
+
+
+def optimizer_tensors(model, optimizer):
+    """AdamW's state by the names of the parameters: {"exp_avg.projector.0.weight": tensor, ...}."""
+    return {f"{key}.{name}": value.detach().cpu().contiguous() for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()}
+
+
+def load_optimizer(model, optimizer, step_folder):
+    """Fills the optimizer as it was. Returns the random state of each rank: (ranks, bytes) uint8, see `save`."""
+    parameters = dict(model.named_parameters())
+    random_states = {}
+    with safe_open(Path(step_folder) / "optimizer.safetensors", "pt") as file:
+        for full_name in file.keys():
+            key, name = full_name.split(".", 1)
+            tensor = file.get_tensor(full_name)
+            if key == "random":
+                random_states[name] = tensor
+            else:
+                device = "cpu" if key == "step" else parameters[name].device
+                optimizer.state[parameters[name]][key] = tensor.to(device)
+    return random_states

@@ -1,0 +1,190 @@
+"""Every knob of a run, once. One dataclass field is one flag, one line of --help and one entry of config.json.
+
+A value comes from, weakest first: the field's default, the preset, the preset's stage, the checkpoint of --ckpt (what
+describes the model), the command line. No torch here, so `--help` is instant.
+"""
+import argparse
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+
+class UserError(ValueError):
+    """Something the user can mend. Shown as one sentence, without a traceback."""
+
+
+def knob(default, meaning, unit=""):
+    return field(default=default, metadata={"help": f"{meaning} [{unit}]" if unit else meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: Literal["align", "finetune", "full-finetune"] = knob(
+        "align", "what trains: the projector; projector and LLM; everything")
+    ckpt: str = knob("", "run folder or step folder whose weights this run starts from")
+    no_align: bool = knob(False, "finetune from a fresh projector, without an align stage before")
+    preset: str = knob("toy", "named set of values for all other flags")
+    vision_backbone: str = knob("toy/vit", "folder or hub id of a CLIP, SigLIP or DINOv2 model; two joined by a comma")
+    llm_backbone: str = knob("toy/llm", "folder or hub id of a causal language model")
+    projector: Literal["linear", "gelu-mlp", "fused-gelu-mlp"] = knob("gelu-mlp", "what turns patches into words")
+    image_resize: Literal["resize-naive", "resize-crop", "letterbox"] = knob(
+        "resize-naive", "how a picture becomes square: squash it, cut its sides, or pad it")
+    prompt: Literal["auto", "plain", "vicuna", "llama2", "mistral", "phi", "chatml"] = knob(
+        "auto", "how questions and answers are written; auto knows it from the language model")
+    max_length: int = knob(2048, "longer examples are cut at the end", "positions, patches included")
+    train_json: str = knob("", "training examples: LLaVA JSON or JSON lines")
+    image_dir: str = knob("", "folder that the pictures' paths start from")
+    val_json: str = knob("", "held-out examples, scored when the run ends; empty = no score")
+    prepare: str = knob("", "Python script that makes the data; run once if train_json is missing")
+    run_id: str = knob("", "name of the run folder; empty = <preset>-<stage>-x<seed>")
+    run_root: str = knob("runs", "folder of all run folders")
+    global_batch_size: int = knob(128, "examples per optimizer step, over all GPUs", "examples")
+    per_device_batch_size: int = knob(16, "examples per forward on one GPU; halve it when memory runs out", "examples")
+    epochs: int = knob(1, "times every example is seen")
+    max_steps: int = knob(0, "optimizer steps, whatever the epochs; 0 = by epochs")
+    learning_rate: float = knob(2e-5, "peak learning rate, reached when the warm-up ends, then cosine to zero")
+    weight_decay: float = knob(0.0, "AdamW weight decay, not on norms and biases")
+    warmup_ratio: float = knob(0.03, "linear warm-up", "fraction of all steps")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
+    length_window: int = knob(64, "examples of like length share a batch, sorted over this many; 0 = random order",
+                              "global batches")
+    seed: int = knob(7, "of the projector's start, and of the order of the data")
+    save_every: int = knob(500, "a checkpoint every so many steps, and at the end", "steps")
+    keep: int = knob(2, "newest checkpoints to keep")
+    overwrite: bool = knob(False, "delete a run folder of the same name and start over")
+    num_workers: int = knob(4, "processes that read data, per GPU; 0 = none")
+    gradient_checkpointing: bool = knob(False, "recompute the LLM's activations in backward: less memory, 30 % slower")
+    precision: Literal["auto", "bf16", "fp32"] = knob("auto", "autocast; auto = bf16 on a GPU, fp32 on a CPU")
+
+    def __post_init__(self):
+        if self.stage == "finetune" and not self.ckpt and not self.no_align:
+            raise UserError("--stage finetune starts from an aligned projector: give --ckpt runs/<align run>, "
+                            "or --no_align for a fresh projector")
+        if self.stage == "full-finetune" and not self.ckpt:
+            raise UserError("--stage full-finetune starts from a trained VLM: give --ckpt runs/<run>")
+        if self.ckpt and self.no_align:
+            raise UserError("--ckpt and --no_align exclude each other: start from a checkpoint, or from a fresh projector")
+        for name in ("train_json", "image_dir"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing: preset {self.preset!r} brings no data of its own")
+        for name in ("global_batch_size", "per_device_batch_size", "epochs", "save_every", "keep", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay", "warmup_ratio"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} is {getattr(self, name)}, but must not be negative")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"--max_grad_norm is {self.max_grad_norm}, but must be positive (1e9 = no clipping)")
+
+    @property
+    def run_folder(self):
+        return Path(self.run_root) / (self.run_id or f"{self.preset}-{self.stage}-x{self.seed}")
+
+
+# What belongs to the model, not to a run: a run that starts from --ckpt takes these over.
+MODEL_FIELDS = ("preset", "vision_backbone", "llm_backbone", "projector", "image_resize", "prompt")
+
+_TOY = {"image_dir": "data/toy/images", "prepare": "toy.py", "global_batch_size": 32, "per_device_batch_size": 32,
+        "max_length": 512, "num_workers": 1}
+_PUBLISHED = {"align": {"global_batch_size": 256, "learning_rate": 1e-3, "length_window": 0},
+              "finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
+              "full-finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1}}
+# preset -> stage -> flags; "" is for all stages. Hyperparameters of the large ones: LLaVA-1.5 (arXiv 2310.03744,
+# appendix A) and Prismatic (arXiv 2402.07865, appendix B).
+PRESETS = {
+    "toy": {
+        "": _TOY,
+        "align": {"train_json": "data/toy/align.json", "val_json": "data/toy/val_align.json", "epochs": 2,
+                  "learning_rate": 3e-3, "length_window": 0},
+        "finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json", "epochs": 3,
+                     "learning_rate": 1e-3, "weight_decay": 0.01},
+        "full-finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json", "epochs": 1,
+                          "learning_rate": 3e-4, "weight_decay": 0.01}},
+    "single-gpu": {
+        "": {"vision_backbone": "google/siglip-base-patch16-224", "llm_backbone": "HuggingFaceTB/SmolLM2-360M-Instruct"},
+        "align": _PUBLISHED["align"],
+        "finetune": _PUBLISHED["finetune"],
+        "full-finetune": _PUBLISHED["full-finetune"]},
+    "llava-v1.5-7b": {
+        "": {"vision_backbone": "openai/clip-vit-large-patch14-336", "llm_backbone": "lmsys/vicuna-7b-v1.5",
+             "image_resize": "letterbox", "gradient_checkpointing": True},
+        "align": {**_PUBLISHED["align"], "per_device_batch_size": 32},
+        "finetune": {**_PUBLISHED["finetune"], "weight_decay": 0.0},
+        "full-finetune": {**_PUBLISHED["full-finetune"], "weight_decay": 0.0}},
+    "prism-dinosiglip-7b": {
+        "": {"vision_backbone": "facebook/dinov2-with-registers-large,google/siglip-so400m-patch14-224",
+             "llm_backbone": "meta-llama/Llama-2-7b-hf", "projector": "fused-gelu-mlp", "prompt": "plain",
+             "gradient_checkpointing": True},
+        "align": _PUBLISHED["align"],
+        "finetune": _PUBLISHED["finetune"],
+        "full-finetune": _PUBLISHED["full-finetune"]},
+}
+
+
+def run_config_file(ckpt):
+    """config.json of a run folder, or of the run that a step folder lies in."""
+    folder = Path(ckpt)
+    file = folder / "config.json" if (folder / "config.json").exists() else folder.parent / "config.json"
+    if not file.exists():
+        raise UserError(f"--ckpt {ckpt}: neither a run folder nor a step folder, there is no config.json. "
+                        "Give a folder that train.py wrote, such as runs/toy-align-x7")
+    return file
+
+
+def read_config(ckpt):
+    """The Config that a run was trained with."""
+    try:
+        saved = json.loads(run_config_file(ckpt).read_text())
+        return Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
+    except (json.JSONDecodeError, TypeError) as e:
+        raise UserError(f"{run_config_file(ckpt)} can't be read: {e}") from e
+
+
+def make_parser(cls, description=None):
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=description)
+    kinds = get_type_hints(cls)
+    for f in fields(cls):
+        kind, shown = kinds[f.name], "" if f.default == "" else " (default: %(default)s)"
+        options = dict(default=f.default, help=f.metadata["help"].replace("%", "%%") + shown)
+        if kind is bool:                                    # --compile and --no-compile; type=bool reads "False" as True
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:                                 # may be given several times, each with several values
+            options.update(action="extend", nargs="+", metavar="str")
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        else:
+            options.update(type=kind, metavar=kind.__name__)
+        parser.add_argument(f"--{f.name}", **options)
+    return parser
+
+
+def parse(cls, argv=None, description=None):
+    """Command line -> `cls`. Bad flags end the program with one line, as argparse does."""
+    parser = make_parser(cls, description)
+    try:
+        if cls is Config:
+            parser.set_defaults(**config_defaults(argv))
+        return cls(**vars(parser.parse_args(argv)))
+    except UserError as e:
+        parser.error(str(e))
+
+
+def config_defaults(argv):
+    """--stage, --preset and --ckpt are read first: they decide the defaults of the others, in --help too."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--stage", default="align")
+    peek.add_argument("--preset")
+    peek.add_argument("--ckpt", default="")
+    known = peek.parse_known_args(argv)[0]
+    inherited = {}
+    if known.ckpt:
+        saved = json.loads(run_config_file(known.ckpt).read_text())
+        inherited = {name: saved[name] for name in MODEL_FIELDS}
+    preset = known.preset or inherited.get("preset", "toy")
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: there is none of this name. Choose from {', '.join(PRESETS)}")
+    if inherited.get("preset", preset) != preset:
+        raise UserError(f"--preset {preset}: the checkpoint {known.ckpt} was made with --preset {inherited['preset']}. "
+                        "Leave the flag out: the model comes from the checkpoint")
+    return PRESETS[preset].get("", {}) | PRESETS[preset].get(known.stage, {}) | inherited

@@ -1,0 +1,517 @@
+"""One example: JSON + pictures -> tensors.
+
+    {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                                    {"from": "gpt", "value": "A cat."}]}
+becomes
+    input_ids  <s> [P patches] In: What is it?\\nOut: A cat. </s>
+    labels     what the loss sees: " A cat.</s>", and IGNORE everywhere else
+
+Prompts of training and of inference come from the same function, `to_pieces`.
+
+    python data.py --check FILE --image_dir DIR     # what is wrong in my data, how long is it, what will the loss see?
+"""
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
+from transformers.image_processing_utils import BaseImageProcessor
+
+from config import PRESETS, Config, UserError, knob, parse
+
+IGNORE = -100                                               # a label that the loss skips
+IMAGE = -200                                                # stands in input_ids where a patch will be; no vocabulary entry
+TAG = "<image>"
+
+
+class BadExample(UserError):
+    """An example that can't be trained on: which file, which example, what is wrong, what to do."""
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+class Prompt(NamedTuple):
+    """A conversation is first + question + answer + (reply) + end, then user + question + answer + (reply) + end ...
+
+    {bos} and {eos} stand for the tokenizer's own tokens. A space at the end of `answer` goes with the reply: " cat" is
+    one token, and after a lone space the model would see something it has hardly ever read.
+    """
+    first: str                                              # system text and what stands before the first question
+    user: str                                               # what stands before each later question
+    answer: str                                             # what stands between question and reply
+    end: str                                                # what ends the reply; learned, so the model learns to stop
+
+
+PROMPTS = {
+    "plain": Prompt("In: ", "In: ", "\nOut: ", "{eos}"),    # Prismatic's, for models without a chat format
+    "vicuna": Prompt("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+                     "helpful, detailed, and polite answers to the user's questions. USER: ",
+                     "USER: ", " ASSISTANT: ", "{eos}"),
+    "llama2": Prompt("[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.\n<</SYS>>\n\n",
+                     "{bos}[INST] ", " [/INST] ", " {eos}"),
+    "mistral": Prompt("[INST] ", "[INST] ", " [/INST] ", "{eos}"),
+    "phi": Prompt("Instruct: ", "Instruct: ", "\nOutput: ", "{eos}"),
+    "chatml": Prompt("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+                     "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+}
+
+
+def known_prompt(name, tokenizer):
+    """The prompt format that a language model was made for: by its chat template, then by its name."""
+    template, name = str(getattr(tokenizer, "chat_template", None) or ""), name.lower()
+    if "<|im_start|>" in template or {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_added_vocab().keys():
+        return "chatml"
+    if "<<SYS>>" in template:
+        return "llama2"
+    if "[INST]" in template or ("mistral" in name and "instruct" in name):
+        return "mistral"
+    return next((prompt for key, prompt in (("vicuna", "vicuna"), ("llava", "vicuna"), ("phi-1", "phi"), ("phi-2", "phi"))
+                 if key in name), "plain")
+
+
+class Language:
+    """A tokenizer together with the prompt format: everything that turns text into ids.
+
+    Raises UserError where the tokenizer lacks a token that the prompt needs.
+    """
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer, self.name = tokenizer, prompt
+        special = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
+        if tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no end-of-sequence token, so the model could never learn to stop. "
+                            "Set `eos_token` in its tokenizer_config.json")
+        self.prompt = Prompt(*(text.replace("{bos}", special["bos"]).replace("{eos}", special["eos"])
+                               for text in PROMPTS[prompt]))
+        first_id = tokenizer("a")["input_ids"][0]           # asked, not assumed: many tokenizers have a BOS but add none
+        self.bos = [tokenizer.bos_token_id] if first_id == tokenizer.bos_token_id else []
+        # Sentencepiece writes "cat" as "▁cat" by itself; for the others the space before a reply is ours to write.
+        self.adds_space = tokenizer.convert_ids_to_tokens(self.ids(["cat"])[0])[0].startswith("▁")
+        end = self.ids([self.prompt.end])[0]
+        self.stop = end[-1]                                 # generation ends when this id comes
+        if prompt == "chatml" and len(end) != 1:
+            raise UserError("--prompt chatml needs a tokenizer that has <|im_end|> as one token; this one has not. "
+                            "Try --prompt plain")
+
+    def ids(self, texts):
+        """Texts -> lists of ids, without BOS. One call for many texts: the tokenizer works on all cores."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def load_language(name, prompt="auto"):
+    """Folder or hub id of a language model -> Language."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as e:                                  # transformers raises many kinds here; each means the same
+        raise UserError(f"--llm_backbone {name}: no tokenizer can be loaded from it "
+                        f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
+    return Language(tokenizer, known_prompt(name, tokenizer) if prompt == "auto" else prompt)
+
+
+class Piece(NamedTuple):
+    text: str = ""                                          # "" = a picture
+    learn: bool = False
+
+
+def to_pieces(example, language, caption_only=False, ask=False):
+    """The texts and pictures of an example, in the order the language model reads them. BOS is not among them.
+
+    caption_only: the human turn is dropped and the reply follows the picture (stage align).
+    ask:          stop where the model is to reply: the last reply, if there is one, is left out.
+    Raises BadExample (without the place: the caller knows it).
+
+    One picture stands at the very start, wherever its tag was: Prismatic (arXiv 2402.07865) found it best, and a
+    frozen language model sees pictures at one place only. Several pictures stand at their tags.
+    """
+    images, turns = images_of(example), turns_of(example)
+    prompt, space = language.prompt, "" if language.adds_space else " "
+    gap = space if prompt.answer.endswith(" ") else ""
+    if caption_only:
+        if len(images) != 1:
+            raise BadExample(f"stage align needs exactly one picture per example, found {len(images)}")
+        replies = [Piece(turn["value"].strip() + language.tokenizer.eos_token, True)
+                   for turn in turns if turn["from"] == "gpt"]
+        return [Piece()] + ([] if ask else replies[:1])
+    if ask and turns[-1]["from"] == "gpt":
+        turns = turns[:-1]
+    if not ask and turns[-1]["from"] == "human":
+        raise BadExample("the last turn is from 'human', so its reply is missing. Add it, or drop the turn")
+    pieces = [Piece()] if len(images) == 1 else []
+    for i, turn in enumerate(turns):
+        value = turn["value"].strip()
+        if turn["from"] == "gpt":
+            pieces.append(Piece(gap + value + prompt.end, True))
+            continue
+        opening = prompt.first if i == 0 else prompt.user
+        if len(images) == 1:
+            value = value.replace(TAG, "").strip()
+        first, *rest = (opening + value + prompt.answer.rstrip(" ")).split(TAG)
+        pieces.append(Piece(first))
+        for text in rest:
+            pieces += [Piece(), Piece(text)] if text else [Piece()]
+    return pieces
+
+
+def images_of(example):
+    images = example.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise BadExample(f"'image' must be a file name or a list of them, found {str(images)[:60]!r}")
+    return images
+
+
+def turns_of(example):
+    """The checked conversation: human and gpt in turn, and one <image> tag per picture, in human turns only."""
+    turns = example.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadExample('\'conversations\' must be a list of {"from": "human" | "gpt", "value": TEXT}, '
+                         f"found {str(turns)[:60]!r}")
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadExample(f"turn {i} must have a text under 'value', found {str(turn)[:60]!r}")
+        expected = ("human", "gpt")[i % 2]
+        if turn.get("from") != expected:
+            raise BadExample(f"turn {i} must be from {expected!r}, found {turn.get('from')!r}: "
+                             "human and gpt take turns, human begins")
+        if expected == "gpt" and TAG in turn["value"]:
+            raise BadExample(f"turn {i} is a reply and contains {TAG}; pictures stand in human turns only")
+    tags, images = sum(turn["value"].count(TAG) for turn in turns), len(images_of(example))
+    if tags != images:
+        raise BadExample(f"{images} pictures under 'image', but {tags} {TAG} tags in the human turns. "
+                         "There must be one tag for each picture")
+    return turns
+
+
+def assemble(pieces, piece_ids, bos, patches, max_length):
+    """Pieces and the ids of their texts -> input_ids (T,), labels (T,), as lists. Labels travel with their piece."""
+    input_ids, labels = list(bos), [IGNORE] * len(bos)
+    ids = iter(piece_ids)
+    for piece in pieces:
+        new = next(ids) if piece.text else [IMAGE] * patches
+        input_ids += new
+        labels += new if piece.learn else [IGNORE] * len(new)
+    if IMAGE in input_ids[max_length:]:
+        raise BadExample(f"it takes {len(input_ids)} positions, and cutting it to --max_length {max_length} would cut "
+                         f"a picture ({patches} positions each). Raise --max_length or drop the example")
+    return input_ids[:max_length], labels[:max_length]
+
+
+def check_supervised(labels, length, max_length):
+    # The first label is nobody's target: position t predicts t + 1.
+    if all(label == IGNORE for label in labels[1:]):
+        cut = f"after cutting {length} positions to --max_length {max_length}" if length > max_length else "in it"
+        raise BadExample(f"no token to learn is left {cut}. Raise --max_length, or drop the example")
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+class ImageTransform:
+    """A picture -> (3, size, size) float tensor for one backbone, by that backbone's own preprocessor file.
+
+    resize: resize-naive squashes to a square; resize-crop cuts the longer side; letterbox pads with the mean color.
+    `patches` is the number of patches that the backbone makes of it.
+    """
+
+    def __init__(self, size, patch_size, mean, std, resample=3, resize="resize-naive"):
+        self.size, self.resize, self.resample = size, resize, Image.Resampling(resample)
+        self.patches = (size // patch_size) ** 2
+        self.fill = tuple(round(255 * value) for value in mean)
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
+
+    def __call__(self, image):
+        square = (self.size, self.size)
+        if self.resize == "resize-crop":
+            image = ImageOps.fit(image, square, self.resample)
+        elif self.resize == "letterbox":
+            image = ImageOps.pad(image, square, self.resample, color=self.fill)
+        else:
+            image = image.resize(square, self.resample)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                     # (3, size, size) uint8
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+def load_image_transforms(names, resize):
+    """One ImageTransform for each backbone of a comma-separated list."""
+    transforms = []
+    for name in names.split(","):
+        try:
+            settings, _ = BaseImageProcessor.get_image_processor_dict(name)
+            config = AutoConfig.from_pretrained(name)
+        except Exception as e:
+            raise UserError(f"--vision_backbone {name}: config.json and preprocessor_config.json can't be loaded from "
+                            f"it ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        config = getattr(config, "vision_config", config)
+        size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+        if isinstance(size, dict):
+            size = size.get("height") or size["shortest_edge"]
+        transforms.append(ImageTransform(size, config.patch_size, settings["image_mean"], settings["image_std"],
+                                         settings.get("resample", 3), resize))
+    if len({transform.patches for transform in transforms}) > 1:
+        found = " and ".join(f"{name} makes {t.patches}" for name, t in zip(names.split(","), transforms))
+        raise UserError(f"--vision_backbone: joined backbones must make the same number of patches, but {found}. "
+                        "Choose versions whose (picture size / patch size) agree")
+    return transforms
+
+
+def read_image(path):
+    """A picture file as RGB, the way a person sees it: rotated by its EXIF tag, on white where it is transparent.
+
+    Of an animation, the first frame. Raises BadExample where the file is missing or can't be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):                  # 16 bit: `convert` would clip everything above 255 to white
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise BadExample(f"picture {path} does not exist. Paths are relative to --image_dir") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise BadExample(f"picture {path} can't be read ({type(e).__name__}: {e}). Replace it or drop the example") from e
+
+
+# -- the dataset -----------------------------------------------------------------------------------------------------
+
+def read_rows(path):
+    """LLaVA JSON (a list) or JSON lines -> list of dicts. Raises UserError with the file and the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. It should be a LLaVA JSON or JSON-lines file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = []
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except json.JSONDecodeError as e:
+        where = f"line {e.lineno}" if text.lstrip().startswith("[") else f"line {number}"
+        raise UserError(f"{path}, {where}: this is no JSON ({e.msg}). Expected a list of examples, or one per line") from e
+    if not rows:
+        raise UserError(f"{path} holds no example")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}[{i}] must be an object with 'conversations', found {str(row)[:60]!r}")
+    return rows
+
+
+class Conversations(torch.utils.data.Dataset):
+    """Map-style dataset over one file. `data[i]` is {input_ids (T,), labels (T,), images, id}, or a BadExample.
+
+    It returns the error instead of raising it: raised inside a DataLoader worker, it would arrive wrapped in that
+    worker's traceback. The loop raises it.
+
+    caption_only, ask: see `to_pieces`.
+    """
+
+    def __init__(self, path, image_dir, language, transforms, max_length, caption_only=False, ask=False):
+        self.path, self.image_dir = Path(path), Path(image_dir)
+        self.language, self.transforms, self.max_length = language, transforms, max_length
+        self.caption_only, self.ask = caption_only, ask
+        # Examples as JSON bytes in one array: forked workers share it. A list of dicts would be copied into every
+        # worker page by page, because Python writes a reference count into each object it looks at.
+        rows = [json.dumps(row, ensure_ascii=False).encode() for row in read_rows(path)]
+        self.ends = np.cumsum([len(row) for row in rows])
+        self.bytes = np.frombuffer(b"".join(rows), dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def row(self, i):
+        start = self.ends[i - 1] if i else 0
+        return json.loads(self.bytes[start:self.ends[i]].tobytes())
+
+    def named(self, i, error):
+        """The error with its place."""
+        row = self.row(i)
+        return BadExample(f"{self.path}[{i}] id={row.get('id')!r}: {error}. It begins {self.beginning(row)!r}")
+
+    @staticmethod
+    def beginning(row):
+        turns = row.get("conversations")
+        first = turns[0] if isinstance(turns, list) and turns else row
+        return str(first.get("value") if isinstance(first, dict) else first)[:40]
+
+    def tokens(self, row):
+        pieces = to_pieces(row, self.language, self.caption_only, self.ask)
+        ids = self.language.ids([piece.text for piece in pieces if piece.text])
+        input_ids, labels = assemble(pieces, ids, self.language.bos, self.transforms[0].patches, self.max_length)
+        if not self.ask:
+            check_supervised(labels, len(input_ids), self.max_length)
+        return input_ids, labels
+
+    def image_path(self, name):
+        path = self.image_dir / name
+        if not path.resolve().is_relative_to(self.image_dir.resolve()):
+            raise BadExample(f"picture {name} lies outside of --image_dir {self.image_dir}; such paths are refused")
+        return path
+
+    def __getitem__(self, i):
+        row = self.row(i)
+        try:
+            input_ids, labels = self.tokens(row)
+            pictures = [read_image(self.image_path(name)) for name in images_of(row)]
+        except BadExample as e:
+            return self.named(i, e)
+        return {"id": str(row.get("id", i)), "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels),
+                "images": [[transform(picture) for transform in self.transforms] for picture in pictures]}
+
+    def lengths(self):
+        """-> lengths (n,) in positions, has_image (n,). Exact: every text is tokenised. Kept in a file beside the data.
+
+        The file's name holds a hash of everything that the lengths depend on, so an old one is never taken for a new
+        one. Raises BadExample for the first example that can't be trained on.
+        """
+        cache = self._cache_file()
+        if cache.exists():
+            saved = np.load(cache, allow_pickle=False)      # (2, n)
+            return saved[0], saved[1].astype(bool)
+        lengths, has_image = np.zeros(len(self), np.int64), np.zeros(len(self), bool)
+        chunk = 1000
+        for start in tqdm(range(0, len(self), chunk), desc="counting tokens", unit_scale=chunk, disable=len(self) < 10000):
+            indices = range(start, min(start + chunk, len(self)))
+            pieces = [self._checked(i, lambda row: to_pieces(row, self.language, self.caption_only)) for i in indices]
+            ids = iter(self.language.ids([piece.text for row in pieces for piece in row if piece.text]))
+            for i, row in zip(indices, pieces):
+                texts = [next(ids) for piece in row if piece.text]
+                lengths[i] = self._checked(i, lambda _: self._length(row, texts))
+                has_image[i] = any(not piece.text for piece in row)
+        try:
+            part = cache.with_suffix(".part.npy")
+            np.save(part, np.stack([lengths, has_image]))
+            part.replace(cache)
+        except OSError:                                     # a folder one may not write into: count again next time
+            pass
+        return lengths, has_image
+
+    def _length(self, pieces, texts):
+        input_ids, labels = assemble(pieces, texts, self.language.bos, self.transforms[0].patches, self.max_length)
+        check_supervised(labels, len(input_ids), self.max_length)
+        return len(input_ids)
+
+    def _checked(self, i, function):
+        try:
+            return function(self.row(i))
+        except BadExample as e:
+            raise self.named(i, e) from None
+
+    def _cache_file(self):
+        h = hashlib.sha256(self.bytes)
+        tokenizer = self.language.tokenizer
+        rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+        for part in (rules, self.language.prompt, self.language.bos, self.transforms[0].patches, self.max_length,
+                     self.caption_only):
+            h.update(repr(part).encode())
+        return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
+
+
+def collate(examples):
+    """Examples -> one batch, padded on the right. A BadExample among them is returned in place of the batch.
+
+    input_ids (B, T), labels (B, T), attention_mask (B, T) bool, pixel_values: one (N, C, H, W) per backbone, N pictures
+    in the order of the examples (no tensor at all for text only), ids: list of str.
+    """
+    for example in examples:
+        if isinstance(example, BadExample):
+            return example
+    pad = torch.nn.utils.rnn.pad_sequence
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    images = [image for example in examples for image in example["images"]]
+    input_ids = pad([example["input_ids"] for example in examples], batch_first=True)
+    return {"ids": [example["id"] for example in examples],
+            "input_ids": input_ids,
+            "labels": pad([example["labels"] for example in examples], batch_first=True, padding_value=IGNORE),
+            # From the lengths. `input_ids != pad` would also hide every end token where the two share an id.
+            "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],
+            "pixel_values": [torch.stack(views) for views in zip(*images)]}
+
+
+def show(input_ids, labels, tokenizer):
+    """An example as text: patches counted, >> << around what the loss sees."""
+    text, i = "", 0
+    while i < len(input_ids):
+        learned, picture, j = labels[i] != IGNORE, input_ids[i] == IMAGE, i
+        while j < len(input_ids) and (labels[j] != IGNORE, input_ids[j] == IMAGE) == (learned, picture):
+            j += 1
+        words = f"[{j - i} patches]" if picture else tokenizer.decode(input_ids[i:j])
+        text += f">>{words}<<" if learned else words
+        i = j
+    return text
+
+
+# -- python data.py --check ------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class CheckConfig:
+    check: str = knob("", "file to check: LLaVA JSON or JSON lines")
+    image_dir: str = knob("", "folder that the pictures' paths start from")
+    preset: str = knob("toy", "takes the backbones from this preset")
+    vision_backbone: str = knob("", "folder or hub id; empty = the preset's")
+    llm_backbone: str = knob("", "folder or hub id; empty = the preset's")
+    image_resize: str = knob("resize-naive", "as in train.py")
+    prompt: str = knob("auto", "as in train.py")
+    max_length: int = knob(2048, "as in train.py")
+    show_errors: int = knob(20, "errors to print; all are counted")
+
+    def __post_init__(self):
+        if not self.check:
+            raise UserError("--check FILE is missing")
+        if self.preset not in PRESETS:
+            raise UserError(f"--preset {self.preset}: there is none of this name. Choose from {', '.join(PRESETS)}")
+
+    def backbone(self, name):
+        default = next(f.default for f in Config.__dataclass_fields__.values() if f.name == name)
+        return getattr(self, name) or PRESETS[self.preset].get("", {}).get(name, default)
+
+
+def check(cfg):
+    """Reads every example and every picture, prints what is wrong and what there is. Returns the number of errors."""
+    language = load_language(cfg.backbone("llm_backbone"), cfg.prompt)
+    transforms = load_image_transforms(cfg.backbone("vision_backbone"), cfg.image_resize)
+    data = Conversations(cfg.check, cfg.image_dir, language, transforms, cfg.max_length)
+    modality, lengths, supervised, errors, samples = Counter(), [], 0, [], []
+    for i in tqdm(range(len(data)), desc="checking", disable=None):
+        example = data[i]
+        if isinstance(example, BadExample):
+            errors.append(str(example))
+            continue
+        pictures = len(example["images"])
+        modality[("text only", "one picture")[pictures] if pictures < 2 else "several pictures"] += 1
+        lengths.append(len(example["input_ids"]))
+        supervised += int((example["labels"][1:] != IGNORE).sum())
+        if len(samples) < 3:
+            samples.append(show(example["input_ids"].tolist(), example["labels"].tolist(), language.tokenizer))
+    for error in errors[:cfg.show_errors]:
+        print("wrong:", error)
+    if len(errors) > cfg.show_errors:
+        print(f"... and {len(errors) - cfg.show_errors} more")
+    print(f"{len(data)} examples, {len(errors)} wrong ·", ", ".join(f"{n} {name}" for name, n in modality.most_common()))
+    if lengths:
+        low, middle, high = np.percentile(lengths, (0, 50, 100)).astype(int)
+        print(f"positions: shortest {low}, median {middle}, longest {high}; {transforms[0].patches} per picture; "
+              f"{supervised / len(lengths):.1f} supervised per example; prompt {language.name}")
+    for sample in samples:
+        print("sample:", sample)
+    return len(errors)
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(1 if check(parse(CheckConfig, description="Check a data file.")) else 0)
+    except UserError as e:
+        raise SystemExit(f"error: {e}")

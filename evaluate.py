@@ -1,0 +1,151 @@
+"""Score a trained model's greedy answers by exact match, and draw some of them.
+
+    python evaluate.py --ckpt runs/toy-finetune-x7 --json data/toy/test.json --image_dir data/toy/images
+
+The last reply of each conversation is the expected answer; earlier turns are given. Case, outer spaces and a final dot
+do not count. An example's "type", if it has one, makes a row of the table.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError, knob, parse
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    ckpt: str = knob("", "run folder or step folder")
+    json: str = knob("", "examples with answers: LLaVA JSON or JSON lines")
+    image_dir: str = knob("", "folder that the pictures' paths start from")
+    out: str = knob("", "where the scores go; empty = scores.json in the run folder. samples.png is drawn beside it")
+    batch_size: int = knob(50, "examples answered at once")
+    max_new_tokens: int = knob(64, "longest answer", "tokens")
+    max_examples: int = knob(0, "score only the first so many; 0 = all")
+    blank_images: bool = knob(False, "replace every picture by a black one: does the model look at all?")
+
+    def __post_init__(self):
+        for name in ("ckpt", "json"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing")
+
+
+if __name__ == "__main__":
+    cfg = parse(EvaluateConfig, description="Score a trained model's greedy answers by exact match.")
+
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from data import BadExample, images_of, read_image
+from generate import Assistant
+
+
+def normal(answer):
+    return " ".join(answer.lower().split()).rstrip(".").strip()
+
+
+def blank(example, transforms):
+    """The example with black pictures: each transform's own view of black."""
+    black = Image.new("RGB", (64, 64))
+    return example | {"images": [[transform(black) for transform in transforms] for _ in example["images"]]}
+
+
+def score(assistant, data, cfg):
+    """-> one dict per example: index, type, question, expected, answer, right."""
+    indices = range(min(len(data), cfg.max_examples or len(data)))
+    if assistant.caption_only:
+        kept = [i for i in indices if len(images_of(data.row(i))) == 1]
+        if len(kept) < len(indices):
+            print(f"left out {len(indices) - len(kept)} examples without exactly one picture: an align run only captions")
+        indices = kept
+    results = []
+    for start in tqdm(range(0, len(indices), cfg.batch_size), desc="scoring", disable=None):
+        batch = indices[start:start + cfg.batch_size]
+        examples = [data[i] for i in batch]
+        for example in examples:
+            if isinstance(example, BadExample):
+                raise example
+        if cfg.blank_images:
+            examples = [blank(example, assistant.transforms) for example in examples]
+        for i, answer in zip(batch, assistant.answer(examples, cfg.max_new_tokens)):
+            row = data.row(i)
+            turns = row["conversations"]
+            if turns[-1]["from"] != "gpt":
+                raise data.named(i, "the last turn must be the expected answer, from 'gpt'")
+            results.append({"index": i, "type": row.get("type", "all"), "question": turns[-2]["value"],
+                            "expected": turns[-1]["value"], "answer": answer,
+                            "right": normal(answer) == normal(turns[-1]["value"])})
+    return results
+
+
+def summary(results):
+    def of(rows):
+        return {"accuracy": sum(row["right"] for row in rows) / max(1, len(rows)), "count": len(rows)}
+    types = sorted({row["type"] for row in results})
+    return of(results) | {"by_type": {kind: of([row for row in results if row["type"] == kind]) for kind in types}}
+
+
+def print_table(scores):
+    for kind, row in (*scores["by_type"].items(), ("all together", scores)):
+        print(f"{kind:<16} {row['accuracy']:7.1%}   of {row['count']}")
+
+
+def contact_sheet(results, data, path, columns=6, rows=4, size=160, blank_images=False):
+    """Pictures with question, expected answer and given answer; green is right, red is wrong. Spread over the types."""
+    by_type = {}
+    for result in results:
+        by_type.setdefault(result["type"], []).append(result)
+    longest = max(len(group) for group in by_type.values())
+    mixed = [group[i] for i in range(longest) for group in by_type.values() if i < len(group)][:columns * rows]
+    font, height = ImageFont.load_default(11), size + 82
+    sheet = Image.new("RGB", (columns * (size + 12), -(-len(mixed) // columns) * height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for place, result in enumerate(mixed):
+        x, y = place % columns * (size + 12) + 6, place // columns * height + 6
+        names = images_of(data.row(result["index"]))
+        for k, name in enumerate(names):
+            picture = read_image(data.image_path(name))
+            picture = Image.new("RGB", picture.size) if blank_images else picture
+            picture.thumbnail((size // len(names) - 2, size))
+            sheet.paste(picture, (x + k * size // len(names), y))
+        color = "darkgreen" if result["right"] else "firebrick"
+        text = result["question"].replace("<image>", "").strip() + "\n" + result["answer"]
+        text += "" if result["right"] else f"\n(expected: {result['expected']})"
+        y_text = y + (size if names else 4) + 2
+        for i, part in enumerate(text.split("\n")):
+            for line in wrap(part, font, size)[:5 if names else 12]:
+                canvas.text((x, y_text), line, fill="black" if i == 0 else color, font=font)
+                y_text += 13
+    sheet.save(path)
+
+
+def wrap(text, font, width):
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def main(cfg):
+    assistant = Assistant(cfg.ckpt)
+    data = assistant.dataset(cfg.json, cfg.image_dir)
+    results = score(assistant, data, cfg)
+    if not results:
+        raise UserError(f"{cfg.json}: nothing to score")
+    scores = summary(results)
+    print_table(scores)
+    out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(scores | {"answers": results}, indent=1, ensure_ascii=False))
+    contact_sheet(results, data, out.with_name("samples.png"), blank_images=cfg.blank_images)
+    print(f"scores   {out}\npictures {out.with_name('samples.png')}")
+
+
+if __name__ == "__main__":
+    try:
+        main(cfg)
+    except UserError as e:
+        raise SystemExit(f"error: {e}")

@@ -1,0 +1,108 @@
+"""Ask a trained model.
+
+    python generate.py --ckpt runs/toy-finetune-x7 --image picture.png --prompt "What shape is red?"
+
+No --image: a text question. Several: `--image a.png b.png`, in this order.
+"""
+from dataclasses import dataclass
+
+from config import Config, UserError, knob, parse, read_config
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    ckpt: str = knob("", "run folder or step folder")
+    image: tuple = knob((), "picture files, in the order of the question; none = text only")
+    prompt: str = knob("Describe the picture.", "the question")
+    max_new_tokens: int = knob(256, "longest answer", "tokens")
+
+    def __post_init__(self):
+        if not self.ckpt:
+            raise UserError("--ckpt RUN is missing: a run folder that train.py wrote, such as runs/toy-finetune-x7")
+
+
+if __name__ == "__main__":
+    cfg = parse(GenerateConfig, description="Ask a trained model.")         # before torch is imported: a fast --help
+
+import torch
+
+import checkpoint
+from data import TAG, Conversations, assemble, load_image_transforms, load_language, read_image, to_pieces
+from model import load_vlm
+
+
+class Assistant:
+    """A trained model and all that turns a question into its ids, read from a run folder or a step folder."""
+
+    def __init__(self, ckpt, device=None):
+        self.cfg: Config = read_config(ckpt)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt)
+        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.model = load_vlm(self.cfg, trained=(), frozen_dtype=dtype)
+        checkpoint.load_weights(self.model, checkpoint.find(ckpt))
+        self.model.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def caption_only(self):
+        """An aligned model has only learned to caption: no question stood before its captions."""
+        return self.cfg.stage == "align"
+
+    def dataset(self, path, image_dir):
+        return Conversations(path, image_dir, self.language, self.transforms, self.cfg.max_length, self.caption_only,
+                             ask=True)
+
+    def example(self, question, images):
+        """One question about already opened pictures (PIL, RGB) -> an example as Conversations yields it."""
+        row = {"image": ["?"] * len(images),
+               "conversations": [{"from": "human", "value": (TAG + "\n") * (len(images) - question.count(TAG)) + question}]}
+        pieces = to_pieces(row, self.language, self.caption_only, ask=True)
+        ids = self.language.ids([piece.text for piece in pieces if piece.text])
+        input_ids, _ = assemble(pieces, ids, self.language.bos, self.transforms[0].patches, self.cfg.max_length)
+        return {"input_ids": torch.tensor(input_ids),
+                "images": [[transform(image) for transform in self.transforms] for image in images]}
+
+    @torch.inference_mode()
+    def answer(self, examples, max_new_tokens=256, streamer=None):
+        """Examples (as Conversations yields them, with ask=True) -> greedy answers, a list of str."""
+        return [self.language.decode(ids) for ids in self.answer_ids(examples, max_new_tokens, streamer)]
+
+    def answer_ids(self, examples, max_new_tokens=256, streamer=None):
+        """-> one list of new ids per example, end token included. Prompts are padded on the left, so that all end where
+        the answers begin; the mask hides the padding, so an answer does not depend on its neighbours."""
+        rows, longest = [], max(len(example["input_ids"]) for example in examples)
+        mask = torch.zeros(len(examples), longest, dtype=torch.long, device=self.device)                # (B, T)
+        for i, example in enumerate(examples):
+            pixels = [torch.stack(views).to(self.device) for views in zip(*example["images"])]
+            embedded = self.model.embed(example["input_ids"][None].to(self.device), pixels)[0]         # (T_i, D)
+            mask[i, longest - len(embedded):] = 1
+            rows.append(torch.cat([embedded.new_zeros(longest - len(embedded), embedded.shape[1]), embedded]))
+        stop = self.language.stop
+        new = self.model.llm.generate(inputs_embeds=torch.stack(rows), attention_mask=mask, do_sample=False,
+                                      max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop,
+                                      streamer=streamer)                                               # (B, new)
+        answers = []
+        for ids in new.tolist():
+            answers.append(ids[:ids.index(stop) + 1] if stop in ids else ids)
+        return answers
+
+
+def main(cfg):
+    from transformers import TextStreamer
+    assistant = Assistant(cfg.ckpt)
+    if assistant.caption_only:
+        if len(cfg.image) != 1:
+            raise UserError(f"{cfg.ckpt} is an align run: it captions exactly one --image. Run the finetune stage to ask it")
+        print("(an align run captions whatever is asked; run the finetune stage to ask it)")
+    images = [read_image(path) for path in cfg.image]
+    example = assistant.example(cfg.prompt, images)
+    assistant.answer([example], cfg.max_new_tokens,
+                     streamer=TextStreamer(assistant.language.tokenizer, skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    try:
+        main(cfg)
+    except UserError as e:
+        raise SystemExit(f"error: {e}")

@@ -1,0 +1,174 @@
+"""Vision backbone(s) -> projector -> language model, and what each stage trains.
+
+Shapes: B examples, T positions, N pictures in the batch, P patches per picture, D_v vision width, D LLM width,
+V vocabulary, S supervised positions.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+from transformers.utils import logging
+
+from config import UserError
+from data import IGNORE, IMAGE
+
+logging.disable_progress_bar()                              # one bar per backbone and rank would bury what matters
+
+PARTS = ("vision", "projector", "llm")
+TRAINS = {"align": ("projector",), "finetune": ("projector", "llm"), "full-finetune": ("vision", "projector", "llm")}
+
+# model_type -> (class, positions in front of the patches: CLS and registers). Their features are no patches.
+VISION_MODELS = {
+    "clip": (CLIPVisionModel, lambda config: 1),
+    "clip_vision_model": (CLIPVisionModel, lambda config: 1),
+    "siglip": (SiglipVisionModel, lambda config: 0),
+    "siglip_vision_model": (SiglipVisionModel, lambda config: 0),
+    "dinov2": (AutoModel, lambda config: 1),
+    "dinov2_with_registers": (AutoModel, lambda config: 1 + config.num_register_tokens),
+}
+
+
+class VisionBackbone(nn.Module):
+    """One or several vision transformers, their patch features side by side on the channel axis.
+
+    The features are the second-to-last block's, without the final norm: LLaVA and Prismatic found them to keep more
+    of the place and look of things than the last block's, which is trained for a summary of the whole picture.
+    """
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.skip = [VISION_MODELS[model.config.model_type][1](model.config) for model in models]
+        self.width = sum(model.config.hidden_size for model in models)                      # D_v
+
+    def forward(self, pixel_values):                        # one (N, C, H, W) per model
+        features = []
+        for model, skip, pixels in zip(self.models, self.skip, pixel_values, strict=True):
+            # DINOv2 always fits its position embeddings to the picture's size; the others do so when asked.
+            fit = {"interpolate_pos_encoding": True} if pixels.shape[-1] != model.config.image_size \
+                and not model.config.model_type.startswith("dinov2") else {}
+            states = model(pixels.to(model.dtype), output_hidden_states=True, **fit).hidden_states
+            features.append(states[-2][:, skip:])                                           # (N, P, D_v of one model)
+        return torch.cat(features, dim=-1)                                                  # (N, P, D_v)
+
+
+def make_projector(kind, vision_width, width):
+    """(N, P, D_v) -> (N, P, D). linear and gelu-mlp as in LLaVA and LLaVA-1.5, fused-gelu-mlp as in Prismatic."""
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(vision_width, width))
+    if kind == "gelu-mlp":
+        return nn.Sequential(nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width))
+    return nn.Sequential(nn.Linear(vision_width, 4 * vision_width), nn.GELU(), nn.Linear(4 * vision_width, width),
+                         nn.GELU(), nn.Linear(width, width))
+
+
+class VLM(nn.Module):
+    def __init__(self, vision, projector, llm):
+        super().__init__()
+        self.vision, self.projector, self.llm = vision, projector, llm
+        self.trained = ()
+
+    def set_stage(self, stage):
+        """Only the stage's parts get gradients; the others also stay in eval mode (their dropout is off)."""
+        self.trained = TRAINS[stage]
+        for name in PARTS:
+            getattr(self, name).requires_grad_(name in self.trained)
+        if "vision" in self.trained:
+            # The last block, the final norm and the head come after the features: no gradient, so nothing to train.
+            used = used_parameters(self.vision)
+            for parameter in self.vision.parameters():
+                parameter.requires_grad_(parameter in used)
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name in PARTS:
+            if name not in self.trained:
+                getattr(self, name).eval()
+        # transformers recomputes only in layers that are in training mode. A frozen LLM is not, yet its activations are
+        # needed to reach the projector. The mode of a layer alone changes no result: its dropouts are its children.
+        for module in self.llm.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = mode
+        return self
+
+    def use_gradient_checkpointing(self):
+        """Recompute the LLM's activations in backward instead of keeping them."""
+        self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.train()
+
+    def embed(self, input_ids, pixel_values):               # (B, T), one (N, C, H, W) per vision model
+        """Token embeddings with the projected patches in their places -> (B, T, D)."""
+        x = self.llm.get_input_embeddings()(input_ids.clamp_min(0))                         # (B, T, D)
+        if len(pixel_values) == 0:
+            return x                                        # a text-only batch never touches the projector
+        with torch.set_grad_enabled("vision" in self.trained and torch.is_grad_enabled()):
+            features = self.vision(pixel_values)                                            # (N, P, D_v)
+        patches = self.projector(features.to(self.projector[0].weight.dtype))               # (N, P, D)
+        here = input_ids == IMAGE                                                           # (B, T)
+        assert here.sum() == patches.shape[0] * patches.shape[1], (
+            f"{int(here.sum())} places for {patches.shape[0]} pictures of {patches.shape[1]} patches")
+        return x.masked_scatter(here[..., None], patches.to(x.dtype))                       # (B, T, D)
+
+    def forward(self, input_ids, labels, pixel_values):
+        """-> the summed cross-entropy of all supervised tokens, () in fp32. Patches are context, never targets.
+
+        No attention mask: padding stands on the right and attention is causal, so no real token ever sees it. Without
+        a mask the attention kernel takes its fast causal path.
+        """
+        x = self.embed(input_ids, pixel_values)                                             # (B, T, D)
+        states = self.llm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state    # (B, T, D)
+        learned = labels[:, 1:] != IGNORE                                                   # (B, T - 1)
+        # Position t predicts token t + 1. Logits of all T positions would be the largest tensor of the whole step.
+        logits = self.llm.get_output_embeddings()(states[:, :-1][learned])                  # (S, V)
+        return F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="sum")
+
+
+def used_parameters(vision):
+    """The set of parameters that the features depend on, found by asking autograd."""
+    parameters = list(vision.parameters())
+    blank = [torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=parameters[0].device)
+             for model in vision.models]
+    with torch.enable_grad():
+        grads = torch.autograd.grad(vision(blank).float().sum(), parameters, allow_unused=True)
+    return {parameter for parameter, grad in zip(parameters, grads) if grad is not None}
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+def load_vision(names, dtype=torch.float32):
+    """Folder or hub id, or several joined by commas -> VisionBackbone."""
+    models = []
+    for name in names.split(","):
+        kind = load(AutoConfig, name, "--vision_backbone").model_type
+        if kind not in VISION_MODELS:
+            raise UserError(f"--vision_backbone {name} is of type {kind!r}. Known types: {', '.join(VISION_MODELS)}")
+        models.append(load(VISION_MODELS[kind][0], name, "--vision_backbone", dtype=dtype))
+    return VisionBackbone(models)
+
+
+def load_llm(name, dtype=torch.float32):
+    """Folder or hub id -> causal language model. Refuses the few that do more to a logit than one matrix product."""
+    llm = load(AutoModelForCausalLM, name, "--llm_backbone", dtype=dtype)
+    for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(llm.config, setting, None) not in (None, 1, 1.0):
+            raise UserError(f"--llm_backbone {name} changes its logits ({setting}); such models are not supported")
+    return llm
+
+
+def load(cls, name, flag, **options):
+    try:
+        return cls.from_pretrained(name, **options)
+    except Exception as e:                                  # transformers raises many kinds here; each means the same
+        raise UserError(f"{flag} {name} can't be loaded ({type(e).__name__}: {str(e).splitlines()[0]}). "
+                        "Give a Hugging Face folder, or a hub id if this machine reaches the hub") from e
+
+
+def load_vlm(cfg, trained=PARTS, frozen_dtype=torch.float32):
+    """The VLM of a Config, its projector fresh from the seed. Parts that are not in `trained` get `frozen_dtype`."""
+    dtype = {name: torch.float32 if name in trained else frozen_dtype for name in PARTS}
+    vision = load_vision(cfg.vision_backbone, dtype["vision"])
+    llm = load_llm(cfg.llm_backbone, dtype["llm"])
+    torch.manual_seed(cfg.seed)
+    projector = make_projector(cfg.projector, vision.width, llm.get_input_embeddings().embedding_dim)
+    return VLM(vision, projector.to(dtype["projector"]), llm)

@@ -1,0 +1,245 @@
+"""How the two small backbones of the toy world were trained. One command makes both again:
+
+    python toy/pretrain.py            # writes toy/vit and toy/llm
+
+toy/vit  a SigLIP-type vision transformer. It learned which thing, if any, lies behind each patch.
+toy/llm  a GPT-2-type language model. It never saw a picture. It read texts about the same world, among them "maps": a
+         scene written as one word per patch, ". redcircle redcircle . ...", with a caption or a question after it. That
+         is the place where `align` later puts the projected patches: the projector has to find the words.
+"""
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.nn import functional as F
+from transformers import (GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, SiglipImageProcessorPil,
+                          SiglipVisionConfig, SiglipVisionModel)
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import toy  # noqa: E402
+
+PATCH = 16
+SIDE = toy.PIXELS // PATCH                                  # 6: a picture is 6 x 6 patches, a cell 2 x 2 of them
+SPARE = 256                                                 # unused ids at the end of the vocabulary, for robot actions
+IGNORE = -100
+
+
+def cell_of(patch):
+    return patch // SIDE // 2 * 3 + patch % SIDE // 2
+
+
+def schedule(step, steps, peak):
+    """Linear warm-up over 3 % of the steps, then cosine to zero."""
+    return peak * min((step + 1) / (0.03 * steps), 0.5 * (1 + np.cos(np.pi * step / steps)))
+
+
+# -- vision ----------------------------------------------------------------------------------------------------------
+
+def patch_labels(scene):
+    """For each patch the thing of its cell: (color, shape), each (36,), 0 = nothing there."""
+    things = {thing.cell: thing for thing in scene}
+    colors, shapes = list(toy.COLORS), toy.SHAPES
+    here = [things.get(cell_of(patch)) for patch in range(SIDE * SIDE)]
+    return ([0 if t is None else 1 + colors.index(t.color) for t in here],
+            [0 if t is None else 1 + shapes.index(t.shape) for t in here])
+
+
+def train_vision(steps, batch=64, pictures=12000):
+    config = SiglipVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+                                image_size=toy.PIXELS, patch_size=PATCH, vision_use_head=False)
+    model = SiglipVisionModel(config)
+    heads = nn.ModuleList([nn.Linear(128, 1 + len(toy.COLORS)), nn.Linear(128, 1 + len(toy.SHAPES))])
+    rng = random.Random(1)
+    scenes = [toy.random_scene(rng) for _ in range(pictures)]
+    pixels = torch.from_numpy(np.stack([np.asarray(toy.draw(scene, rng)) for scene in scenes]))     # (n, H, W, 3)
+    labels = torch.tensor([patch_labels(scene) for scene in scenes])                                # (n, 2, 36)
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, steps, 1e-3)
+        pick = torch.randint(pictures, (batch,))
+        x = pixels[pick].permute(0, 3, 1, 2).float() / 127.5 - 1                                    # (B, 3, H, W)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model(x, output_hidden_states=True).hidden_states
+            # The second-to-last block is what a VLM reads; the last one is trained along so that it means something.
+            logits = [[head(state).float() for head in heads] for state in states[-2:]]
+        loss = sum(F.cross_entropy(logits[s][h].flatten(0, 1), labels[pick, h].flatten())
+                   for s in range(2) for h in range(2)) / 4
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 99:
+            right = [(logits[0][h].argmax(-1) == labels[pick, h]).float().mean().item() for h in range(2)]
+            print(f"vision {step + 1}/{steps} loss {loss.item():.4f} color {right[0]:.4f} shape {right[1]:.4f}", flush=True)
+    model.to(torch.bfloat16).save_pretrained(HERE / "vit")
+    SiglipImageProcessorPil(size={"height": toy.PIXELS, "width": toy.PIXELS}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+                            resample=3, do_convert_rgb=True).save_pretrained(HERE / "vit")
+
+
+# -- language --------------------------------------------------------------------------------------------------------
+
+def scene_map(scene):
+    """The scene as one word per patch, in the order of the patches."""
+    things = {thing.cell: thing for thing in scene}
+    words = (things.get(cell_of(patch)) for patch in range(SIDE * SIDE))
+    return "".join(" ." if t is None else f" {t.color}{t.shape}" for t in words)
+
+
+def document(rng):
+    """A text as pieces (text, learn it?): maps and questions are read, captions and answers are learned.
+
+    The questions follow "Q:" and "A:". The prompt of training, "In:" and "Out:", is new to the model in `finetune`.
+    """
+    kind = rng.random()
+    scene = toy.random_scene(rng)
+    if kind < 0.25:
+        return [(scene_map(scene), False), (toy.caption(scene), True)]
+    if kind < 0.30:
+        return [(scene_map(scene), False), ("Q: Describe the picture.\nA: ", False), (toy.caption(scene), True)]
+    if kind < 0.70:
+        pieces = [(scene_map(scene), False)]
+        for ask in rng.sample(list(toy.ASK.values()), 4):
+            question, answer = ask(scene, rng)
+            pieces += [(f"Q: {question}\nA: ", False), (answer, True)]
+        return pieces
+    if kind < 0.85:
+        other = toy.random_scene(rng)
+        question, answer = toy.ask_two(scene, other, rng)
+        return [("Q: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
+                (f"\n{question}\nA: ", False), (answer, True)]
+    pieces = []
+    for _ in range(2):
+        question, answer = rng.choice(list(toy.ASK_TEXT.values()))(rng)
+        pieces += [(f"Q: {question}\nA: ", False), (answer, True)]
+    return pieces
+
+
+def make_tokenizer():
+    """Byte-level BPE: any text can be written, the toy's words are one token each."""
+    rng = random.Random(2)
+    texts = ["".join(text for text, _ in document(rng)) for _ in range(20000)]
+    texts += [f" {color}{shape}" * 2000 for color in toy.COLORS for shape in toy.SHAPES]   # no rare thing: one word each
+    texts += [" In: Out:\nIn:\nOut:" * 2000]
+    split = lambda: pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = split()
+    trainer = trainers.BpeTrainer(vocab_size=1024 - SPARE, special_tokens=["<s>", "</s>", "<pad>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+    vocabulary |= {f"<spare_{i}>": len(vocabulary) + i for i in range(SPARE)}
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    whole = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    whole.pre_tokenizer, whole.decoder = split(), decoders.ByteLevel()
+    whole.add_special_tokens(["<s>", "</s>", "<pad>"])
+    whole.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def encode_documents(documents, tokenizer):
+    """-> input_ids, labels, both (B, T). The end of text is learned after each learned piece."""
+    texts = [text for document in documents for text, _ in document]
+    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows, targets = [], []
+    for document in documents:
+        row, target = [bos], [IGNORE]
+        for _, learn in document:
+            piece = next(ids)
+            row += piece + [eos] * learn
+            target += piece + [eos] if learn else [IGNORE] * len(piece)
+        rows.append(torch.tensor(row))
+        targets.append(torch.tensor(target))
+    pad = nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad(targets, batch_first=True, padding_value=IGNORE)
+
+
+def batches(rng, tokenizer, batch, pool=8):
+    """Documents without end, those of like length together: a batch is as long as its longest."""
+    while True:
+        documents = sorted((document(rng) for _ in range(batch * pool)), key=lambda d: sum(len(text) for text, _ in d))
+        for i in rng.sample(range(pool), pool):
+            yield encode_documents(documents[i * batch:(i + 1) * batch], tokenizer)
+
+
+def train_language(steps, hidden=128, layers=4, batch=32):
+    tokenizer = make_tokenizer()
+    # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
+                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = GPT2LMHeadModel(config)
+    print(f"language: {len(tokenizer)} words, {sum(p.numel() for p in model.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    source = batches(random.Random(3), tokenizer, batch)
+    recent = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, steps, 2e-3)
+        input_ids, labels = next(source)
+        states = model.base_model(input_ids, use_cache=False).last_hidden_state                   # (B, T, D)
+        learned = labels[:, 1:] != IGNORE
+        logits = model.lm_head(states[:, :-1][learned])                                      # (S, V)
+        target = labels[:, 1:][learned]
+        loss = F.cross_entropy(logits, target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append((logits.argmax(-1) == target).float().mean().item())
+        if step % 1000 == 999:
+            score_language(model, tokenizer)
+        if step % 100 == 99:
+            print(f"language {step + 1}/{steps} loss {loss.item():.4f} tokens right {np.mean(recent[-100:]):.4f}", flush=True)
+    model.to(torch.bfloat16).save_pretrained(HERE / "llm")
+    tokenizer.save_pretrained(HERE / "llm")
+
+
+@torch.no_grad()
+def score_language(model, tokenizer, count=100):
+    """Share of answers that are right in every token, for each kind of question, on texts never seen."""
+    rng = random.Random(4)
+    asks = {**toy.ASK, "two": None, "caption": None, **toy.ASK_TEXT}
+    scores = []
+    for kind, ask in asks.items():
+        documents = []
+        for _ in range(count):
+            scene, other = toy.random_scene(rng), toy.random_scene(rng)
+            head = [(scene_map(scene), False)]
+            if kind == "caption":
+                documents.append(head + [(toy.caption(scene), True)])
+                continue
+            if kind == "two":
+                question, answer = toy.ask_two(scene, other, rng)
+                head = [("Q: ", False), *head, ("\n", False), (scene_map(other), False)]
+                documents.append(head + [(f"\n{question}\nA: ", False), (answer, True)])
+                continue
+            question, answer = ask(scene, rng) if kind in toy.ASK else ask(rng)
+            documents.append(head * (kind in toy.ASK) + [(f"Q: {question}\nA: ", False), (answer, True)])
+        input_ids, labels = encode_documents(documents, tokenizer)
+        guess = model(input_ids).logits[:, :-1].argmax(-1)                                   # (B, T - 1)
+        right = ((guess == labels[:, 1:]) | (labels[:, 1:] == IGNORE)).all(1).float().mean().item()
+        scores.append(f"{kind} {right:.2f}")
+    print("   ", " | ".join(scores), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
+    parser.add_argument("--vision_steps", type=int, default=1500)
+    parser.add_argument("--language_steps", type=int, default=12000)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.only != "llm":
+        train_vision(args.vision_steps)
+    if args.only != "vit":
+        train_language(args.language_steps)

@@ -1,0 +1,329 @@
+"""Train a vision-language model. Read it top to bottom: `main` first sets everything up, then runs the loop.
+
+    torchrun train.py --stage align
+    torchrun train.py --stage finetune --ckpt runs/toy-align-x7
+    torchrun --nproc_per_node 8 train.py ...       # the same batches, the same gradients, on 8 GPUs
+    python train.py ...                            # a world of one
+
+The same command again continues a run where it stopped.
+"""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import config
+from config import Config, UserError
+
+if __name__ == "__main__":
+    cfg = config.parse(Config, description="Train a vision-language model.")  # before torch is imported: a fast --help
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # DDP warns each run that the first batch used all parameters
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+from data import IGNORE, BadExample, Conversations, collate, load_image_transforms, load_language, show
+from model import PARTS, TRAINS, load_vlm
+from sampler import SplitModalitySampler
+
+# A run may continue with other values of these: they do not change what is computed, up to float rounding.
+FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite", "gradient_checkpointing",
+                  "run_root", "run_id", "prepare", "val_json")
+
+
+def main(cfg):
+    device = start_process_group()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    run = cfg.run_folder
+    prepare(cfg, run, rank)
+
+    # Data: one dataset, cut by the sampler into this rank's micro-batches.
+    language = load_language(cfg.llm_backbone, cfg.prompt)
+    transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
+    data = Conversations(cfg.train_json, cfg.image_dir, language, transforms, cfg.max_length,
+                         caption_only=cfg.stage == "align")
+    with rank_zero_first(rank):                             # it counts all tokens and keeps them; the others read that
+        lengths, has_image = data.lengths()
+    per_device = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // world_size))
+    if cfg.global_batch_size % (per_device * world_size):
+        raise UserError(f"--global_batch_size {cfg.global_batch_size} can't be cut into micro-batches of "
+                        f"--per_device_batch_size {per_device} on {world_size} ranks. Choose a multiple of "
+                        f"{per_device * world_size}")
+    sampler = SplitModalitySampler(lengths, has_image, global_batch_size=cfg.global_batch_size,
+                                   per_device_batch_size=per_device, world_size=world_size, rank=rank, seed=cfg.seed,
+                                   window=cfg.length_window)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=cfg.num_workers,
+                        persistent_workers=cfg.num_workers > 0, pin_memory=device.type == "cuda",
+                        generator=torch.Generator().manual_seed(cfg.seed))  # or it would draw from the model's random state
+    total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
+
+    # Model: the parts of the checkpoint, then freeze what this stage does not train.
+    parts = checkpoint_parts(cfg)
+    model = load_vlm(cfg, TRAINS[cfg.stage], torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if cfg.ckpt:
+        checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
+    model.set_stage(cfg.stage)
+    if cfg.gradient_checkpointing:
+        model.use_gradient_checkpointing()
+    model.to(device)
+    optimizer = make_optimizer(model, cfg)
+    step = resume(cfg, run, model, optimizer)
+    # A text-only batch leaves the projector without a gradient; DDP raises at that unless told to look for it.
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                  find_unused_parameters=not has_image.all())
+
+    if rank == 0:
+        print_opening(cfg, model, data, sampler, total)
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
+    bar = tqdm(total=total, initial=step, disable=rank != 0, desc=cfg.stage, dynamic_ncols=True)
+    with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
+        while step < total:
+            epoch, start = divmod(step, sampler.batches_per_epoch)
+            sampler.set_epoch(epoch)
+            sampler.set_start(start)
+            batches = iter(loader)
+            for _ in range(min(sampler.batches_per_epoch - start, total - step)):
+                began = time.perf_counter()
+                micro_batches = [good(next(batches)) for _ in range(sampler.accumulation)]
+                waited = time.perf_counter() - began
+                lr = learning_rate(step, total, cfg)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                loss, norm, counts = train_step(ddp, micro_batches, optimizer, cfg.max_grad_norm, device, bf16)
+                step += 1
+                if rank == 0:
+                    seconds = time.perf_counter() - began
+                    metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, **counts,
+                               "data_wait": waited / seconds, "tokens_per_second": counts["positions"]
+                               * (1 - counts["padding"]) / seconds,
+                               "modality": "image" if micro_batches[0]["pixel_values"] else "text"}
+                    metrics_file.write(json.dumps(metrics) + "\n")
+                    metrics_file.flush()
+                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", data=f"{waited / seconds:.0%}", refresh=False)
+                    bar.update()
+                if step % cfg.save_every == 0 or step == total:
+                    save(run, step, model, optimizer, parts, cfg.keep)
+    bar.close()
+    dist.destroy_process_group()
+    return run if rank == 0 else None
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+def train_step(model, micro_batches, optimizer, max_norm, device, bf16):
+    """One optimizer step on this rank's micro-batches. Returns loss per supervised token, gradient norm, counts.
+
+    The gradient is that of: sum of the token losses / number of supervised tokens, both over the whole global batch.
+    Averaging micro-batch by micro-batch would weigh a 3-token answer like a 300-token one.
+    """
+    counts = all_sum(torch.tensor([[(batch["labels"][:, 1:] != IGNORE).sum(), batch["attention_mask"].sum(),
+                                    batch["input_ids"].numel()] for batch in micro_batches], device=device).sum(0))
+    tokens, real, positions = counts.tolist()
+    scale = dist.get_world_size() / tokens                  # DDP averages over ranks; we want the sum
+    loss_sum = torch.zeros((), device=device)
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with nullcontext() if last else model.no_sync():    # gradients cross the wire once per step
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = model(batch["input_ids"].to(device, non_blocking=True),
+                             batch["labels"].to(device, non_blocking=True),
+                             [pixels.to(device, non_blocking=True) for pixels in batch["pixel_values"]])
+            (loss * scale).backward()
+        loss_sum += loss.detach()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    mean, norm = (all_sum(loss_sum) / tokens).item(), norm.item()
+    if not math.isfinite(mean) or not math.isfinite(norm):  # the same numbers on all ranks, so all stop here
+        ids = [name for batch in micro_batches for name in batch["ids"]]
+        raise UserError(f"loss {mean}, gradient norm {norm}: not finite, the update was not made. Rank "
+                        f"{dist.get_rank()} had the examples {', '.join(ids)}. Look at them, or lower --learning_rate")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean, norm, {"tokens": tokens, "positions": positions, "padding": 1 - real / positions}
+
+
+def all_sum(tensor):
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def good(batch):
+    if isinstance(batch, BadExample):
+        raise batch
+    return batch
+
+
+def learning_rate(step, total, cfg):
+    """Linear warm-up, then half a cosine down to zero. A function of the step, so there is no scheduler to restore."""
+    warmup = math.ceil(cfg.warmup_ratio * total)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_optimizer(model, cfg):
+    """AdamW. Matrices decay; norms and biases do not: pulling a norm's scale to zero helps nothing."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.learning_rate)
+
+
+# -- before and after the loop ---------------------------------------------------------------------------------------
+
+def start_process_group():
+    """Always on, so the loop has no `if distributed`. NCCL between GPUs, gloo between CPUs. Returns this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    if "RANK" in os.environ:                                # under torchrun
+        dist.init_process_group(backend, device_id=bound)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
+    return device
+
+
+class rank_zero_first:
+    """with rank_zero_first(rank): rank zero runs the body, then the others do."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __enter__(self):
+        if self.rank != 0:
+            dist.barrier()
+
+    def __exit__(self, kind, *_):
+        if self.rank == 0 and kind is None:
+            dist.barrier()
+
+
+def prepare(cfg, run, rank):
+    """Rank zero makes the data if there is a script for it, and the run folder with its config.json."""
+    if rank == 0:
+        if cfg.prepare and not Path(cfg.train_json).exists():
+            subprocess.run([sys.executable, cfg.prepare], check=True)
+        if cfg.ckpt and Path(cfg.ckpt).resolve() in (run.resolve(), *run.resolve().glob("step-*")):
+            raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt as it was at the "
+                            "start; to start from it, name the new run with --run_id")
+        if cfg.overwrite and (run / "config.json").exists():
+            shutil.rmtree(run)
+        if (run / "config.json").exists():
+            check_same_run(cfg, config.read_config(run), run)
+        else:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            except OSError as e:
+                raise UserError(f"the run folder {run} can't be written ({e.strerror}). Choose another --run_root") from e
+    dist.barrier()
+
+
+def check_same_run(cfg, before, run):
+    old, new = asdict(before), asdict(cfg)
+    changed = [f"--{name} was {old[name]!r}, is {new[name]!r}" for name in new
+               if old[name] != new[name] and name not in FREE_TO_CHANGE]
+    if changed:
+        raise UserError(f"{run} holds a run with other flags: {'; '.join(changed)}. Give the same flags to continue it, "
+                        "--run_id for a new run, or --overwrite to start over")
+
+
+def checkpoint_parts(cfg):
+    """The parts that a checkpoint of this run holds: what --ckpt held, and what this stage trains."""
+    before = checkpoint.read_state(checkpoint.find(cfg.ckpt))["parts"] if cfg.ckpt else []
+    for name in ("vision_backbone", "llm_backbone", "projector", "image_resize"):
+        if cfg.ckpt and getattr(cfg, name) != getattr(config.read_config(cfg.ckpt), name):
+            raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
+                            f"{getattr(config.read_config(cfg.ckpt), name)}. Leave the flag out")
+    return [name for name in PARTS if name in before or name in TRAINS[cfg.stage]]
+
+
+def save(run, step, model, optimizer, parts, keep):
+    """Rank zero writes, everyone waits."""
+    state = random_state()
+    states = [torch.empty_like(state) for _ in range(dist.get_world_size())]
+    dist.all_gather(states, state)
+    if dist.get_rank() == 0:
+        optimizer_tensors = checkpoint.optimizer_tensors(model, optimizer)
+        optimizer_tensors |= {f"random.{rank}": state.cpu() for rank, state in enumerate(states)}
+        checkpoint.save(run, step, checkpoint.tensors_of(model, parts), optimizer_tensors, {"parts": parts}, keep)
+    dist.barrier()                                          # outside the `if`, or the other ranks never meet rank zero
+
+
+def random_state():
+    """This rank's random state, as one uint8 tensor: what dropout draws from."""
+    if not torch.cuda.is_available():
+        return torch.get_rng_state()
+    return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state()]).cuda()
+
+
+def resume(cfg, run, model, optimizer):
+    """Restores the newest checkpoint of the run, if there is one. Returns the number of steps done."""
+    steps = checkpoint.step_folders(run)
+    step = 0
+    if steps:
+        step = checkpoint.read_state(steps[-1])["step"]
+        checkpoint.load_weights(model, steps[-1])
+        state = checkpoint.load_optimizer(model, optimizer, steps[-1]).get(str(dist.get_rank()))
+        if state is not None:                               # a rank that the run did not have before draws afresh
+            cpu = len(torch.get_rng_state())
+            torch.set_rng_state(state[:cpu])
+            if len(state) > cpu and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state[cpu:])
+    file = run / "metrics.jsonl"
+    if dist.get_rank() == 0 and file.exists():              # drop the lines of steps that were lost
+        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = file.with_suffix(".part")
+        kept.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept.replace(file)
+    return step
+
+
+def print_opening(cfg, model, data, sampler, total):
+    """What will happen, before it happens."""
+    millions = {name: f"{name} {sum(p.numel() for p in getattr(model, name).parameters()) / 1e6:.2f}M" for name in PARTS}
+    trained = TRAINS[cfg.stage]
+    frozen = [millions[name] for name in PARTS if name not in trained]
+    print(f"trains   {', '.join(millions[name] for name in trained)} · frozen {', '.join(frozen) or 'nothing'}")
+    print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x {sampler.accumulation} accumulated x "
+          f"{sampler.world_size} ranks · {len(data):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
+          f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
+    example = good(data[0])
+    print(f"sample 0 {show(example['input_ids'].tolist(), example['labels'].tolist(), data.language.tokenizer)}"
+          "     (>> << is what the loss sees)", flush=True)
+
+
+def finish(cfg, run):
+    """Scores the held-out examples with the command that a user would type, and names the next step."""
+    if cfg.val_json:
+        command = ["evaluate.py", "--ckpt", str(run), "--json", cfg.val_json, "--image_dir", cfg.image_dir,
+                   "--out", str(run / "val.json")]
+        print(f"\nscore    python {' '.join(command)}", flush=True)
+        subprocess.run([sys.executable, *command], check=True)
+    own = "" if cfg.prepare else f" --train_json FILE --image_dir {cfg.image_dir}"
+    print(f"run      {run}")
+    if cfg.stage == "align":
+        print(f"next     torchrun train.py --stage finetune --ckpt {run}{own}")
+    else:
+        print(f"next     python generate.py --ckpt {run} --image FILE --prompt TEXT")
+
+
+if __name__ == "__main__":
+    try:
+        finished = main(cfg)
+        if finished:                                        # rank zero, after the process group is gone
+            finish(cfg, finished)
+    except (UserError, subprocess.CalledProcessError) as e:
+        print(f"\nerror (rank {os.environ.get('RANK', 0)}): {e}", file=sys.stderr, flush=True)
+        os._exit(1)                                         # at once: a clean exit would wait for the other ranks
