@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -460,6 +460,7 @@ def show(input_ids, labels, tokenizer):
 class CheckConfig:
     check: str = knob("", "file to check: LLaVA JSON or JSON lines")
     image_dir: str = knob("", "folder that the pictures' paths start from")
+    stage: Literal["align", "finetune"] = knob("finetune", "align drops the human turns")
     preset: str = knob("toy", "takes the backbones from this preset")
     vision_backbone: str = knob("", "folder or hub id; empty = the preset's")
     llm_backbone: str = knob("", "folder or hub id; empty = the preset's")
@@ -483,7 +484,7 @@ def check(cfg):
     """Reads every example and every picture, prints what is wrong and what there is. Returns the number of errors."""
     language = load_language(cfg.backbone("llm_backbone"), cfg.prompt)
     transforms = load_image_transforms(cfg.backbone("vision_backbone"), cfg.image_resize)
-    data = Conversations(cfg.check, cfg.image_dir, language, transforms, cfg.max_length)
+    data = Conversations(cfg.check, cfg.image_dir, language, transforms, cfg.max_length, cfg.stage == "align")
     modality, lengths, supervised, errors, samples = Counter(), [], 0, [], []
     for i in tqdm(range(len(data)), desc="checking", disable=None):
         example = data[i]

@@ -94,7 +94,7 @@ class VLM(nn.Module):
 
     def use_gradient_checkpointing(self):
         """Recompute the LLM's activations in backward instead of keeping them."""
-        self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.llm.activation_checkpointing_enable({"use_reentrant": False})
         self.train()
 
     def embed(self, input_ids, pixel_values):               # (B, T), one (N, C, H, W) per vision model

@@ -83,10 +83,12 @@ def main(cfg):
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                   find_unused_parameters=not has_image.all())
 
-    if rank == 0:
+    if rank == 0 and step == total:
+        print(f"{run}: this run is finished, all {total:,} steps are done")
+    elif rank == 0:
         print_opening(cfg, model, data, sampler, total)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
-    bar = tqdm(total=total, initial=step, disable=rank != 0, desc=cfg.stage, dynamic_ncols=True)
+    bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage, dynamic_ncols=True)
     with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
         while step < total:
             epoch, start = divmod(step, sampler.batches_per_epoch)

@@ -51,7 +51,7 @@ def patch_labels(scene):
             [0 if t is None else 1 + shapes.index(t.shape) for t in here])
 
 
-def train_vision(steps, batch=64, pictures=12000):
+def train_vision(steps, out, batch=64, pictures=12000):
     config = SiglipVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                                 image_size=toy.PIXELS, patch_size=PATCH, vision_use_head=False)
     model = SiglipVisionModel(config)
@@ -80,9 +80,9 @@ def train_vision(steps, batch=64, pictures=12000):
         if step % 100 == 99:
             right = [(logits[0][h].argmax(-1) == labels[pick, h]).float().mean().item() for h in range(2)]
             print(f"vision {step + 1}/{steps} loss {loss.item():.4f} color {right[0]:.4f} shape {right[1]:.4f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(HERE / "vit")
+    model.to(torch.bfloat16).save_pretrained(out / "vit")
     SiglipImageProcessorPil(size={"height": toy.PIXELS, "width": toy.PIXELS}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-                            resample=3, do_convert_rgb=True).save_pretrained(HERE / "vit")
+                            resample=3, do_convert_rgb=True).save_pretrained(out / "vit")
 
 
 # -- language --------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def batches(rng, tokenizer, batch, pool=8):
             yield encode_documents(documents[i * batch:(i + 1) * batch], tokenizer)
 
 
-def train_language(steps, hidden=128, layers=4, batch=32):
+def train_language(steps, out, hidden=128, layers=4, batch=32):
     tokenizer = make_tokenizer()
     # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
@@ -200,8 +200,8 @@ def train_language(steps, hidden=128, layers=4, batch=32):
             score_language(model, tokenizer)
         if step % 100 == 99:
             print(f"language {step + 1}/{steps} loss {loss.item():.4f} tokens right {np.mean(recent[-100:]):.4f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(HERE / "llm")
-    tokenizer.save_pretrained(HERE / "llm")
+    model.to(torch.bfloat16).save_pretrained(out / "llm")
+    tokenizer.save_pretrained(out / "llm")
 
 
 @torch.no_grad()
@@ -236,10 +236,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
     parser.add_argument("--vision_steps", type=int, default=1500)
-    parser.add_argument("--language_steps", type=int, default=12000)
+    parser.add_argument("--language_steps", type=int, default=5000, help="0 writes a random model, to compare with")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.only != "llm":
-        train_vision(args.vision_steps)
+        train_vision(args.vision_steps, args.out)
     if args.only != "vit":
-        train_language(args.language_steps)
+        train_language(args.language_steps, args.out)

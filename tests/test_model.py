@@ -1,0 +1,265 @@
+"""model.py: features, gradients, freezing; and that it computes what transformers computes."""
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig,
+                          Dinov2WithRegistersModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel)
+
+import checkpoint
+from data import IGNORE, IMAGE, collate
+from generate import Assistant
+from model import PARTS, VLM, VisionBackbone, load_vision, make_projector
+from train import train_step
+
+SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8)
+VISION = {"clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZE)),
+          "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZE, vision_use_head=False)),
+          "siglip-head": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZE)),
+          "dinov2": lambda: Dinov2Model(Dinov2Config(**{**SIZE, "intermediate_size": None}, mlp_ratio=2)),
+          "dinov2-registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
+              **{**SIZE, "intermediate_size": None}, mlp_ratio=2, num_register_tokens=4))}
+SKIP = {"clip": 1, "siglip": 0, "siglip-head": 0, "dinov2": 1, "dinov2-registers": 5}
+VOCABULARY, PATCHES = 97, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world_of_one():
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def tiny_llm(kind="llama"):
+    torch.manual_seed(1)
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=256,
+                                          resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                        num_attention_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+
+
+def tiny_vlm(vision="siglip", llm="llama", stage="finetune"):
+    torch.manual_seed(0)
+    backbone = VisionBackbone([VISION[vision]()])
+    model = VLM(backbone, make_projector("gelu-mlp", backbone.width, 32), tiny_llm(llm))
+    model.set_stage(stage)
+    return model
+
+
+def example(i, pictures=1):
+    """Example i supervises i + 1 tokens and is 10 + 2 i long behind its pictures, so a wrong average shows."""
+    generator = torch.Generator().manual_seed(i)
+    text = torch.randint(3, VOCABULARY - 1, (10 + 2 * i,), generator=generator)
+    input_ids = torch.cat([torch.tensor([1] + [IMAGE] * PATCHES * pictures), text])
+    labels = torch.full_like(input_ids, IGNORE)
+    labels[-(i + 1):] = text[-(i + 1):]
+    return {"id": str(i), "input_ids": input_ids, "labels": labels,
+            "images": [[torch.randn(3, 16, 16, generator=generator)] for _ in range(pictures)]}
+
+
+def batches(sizes, pictures=1):
+    cut, start = [], 0
+    for size in sizes:
+        cut.append(collate([example(i, pictures) for i in range(start, start + size)]))
+        start += size
+    return cut
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_features_are_the_second_to_last_blocks_patches(kind):
+    model = VISION[kind]().eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    features = VisionBackbone([model])([pixels])                                    # (2, P, 32)
+    assert features.shape == (2, PATCHES, 32)
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    seen = []
+    handle = blocks[1].register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    model(pixels)
+    handle.remove()
+    assert_close(features, seen[0][:, SKIP[kind]:])
+
+
+def test_two_backbones_stand_side_by_side_on_the_channel_axis():
+    one, two = VISION["dinov2"]().eval(), VISION["siglip"]().eval()
+    a, b = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    both = VisionBackbone([one, two])
+    assert both.width == 64
+    assert_close(both([a, b]), torch.cat([VisionBackbone([one])([a]), VisionBackbone([two])([b])], -1))
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_every_vision_kind_loads_from_its_folder(kind, tmp_path):
+    VISION[kind]().save_pretrained(tmp_path)
+    assert load_vision(str(tmp_path))([torch.zeros(1, 3, 16, 16)]).shape == (1, PATCHES, 32)
+
+
+@pytest.mark.parametrize("stage,parts", [("align", {"projector"}), ("finetune", {"projector", "llm"}),
+                                         ("full-finetune", {"vision", "projector", "llm"})])
+@pytest.mark.parametrize("kind", VISION)
+def test_a_stage_changes_all_of_what_it_trains_and_nothing_else(kind, stage, parts):
+    model = tiny_vlm(kind, stage=stage)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == parts
+    assert all(getattr(model, name).training == (name in parts) for name in PARTS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    train_step(without_ddp(model), batches([4]), optimizer, 1.0, torch.device("cpu"), False)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+def without_ddp(model):
+    """train_step on one rank without DDP: the same sums, faster to build."""
+    from contextlib import nullcontext
+    model.no_sync = nullcontext
+    return model
+
+
+def gradients(model, cut, weigh=None):
+    """Gradients of one step, by name. `weigh` replaces the exact weight of a micro-batch's mean loss."""
+    model = copy.deepcopy(model)
+    if weigh is None:
+        grabbed = {}
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        optimizer.register_step_pre_hook(lambda *_: grabbed.update(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        train_step(without_ddp(model), cut, optimizer, 1e9, torch.device("cpu"), False)
+        return grabbed
+    for batch in cut:
+        loss = model(batch["input_ids"], batch["labels"], batch["pixel_values"])
+        (loss / (batch["labels"][:, 1:] != IGNORE).sum() * weigh).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(got, want):
+    assert got.keys() == want.keys()
+    for name in want:                                                               # float rounding of sums in fp32
+        assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (1, 7), (2, 3, 3), (1,) * 8])
+@pytest.mark.parametrize("pictures", [0, 1, 2])
+def test_how_a_batch_is_cut_does_not_change_the_step(sizes, pictures):
+    model = tiny_vlm()
+    assert_same_gradients(gradients(model, batches(sizes, pictures)), gradients(model, batches([8], pictures)))
+
+
+def test_mean_of_means_would_be_caught():
+    model = tiny_vlm()
+    with pytest.raises(AssertionError):
+        assert_same_gradients(gradients(model, batches((1, 7)), weigh=1 / 2), gradients(model, batches([8])))
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
+    for stage in ("align", "finetune"):
+        model = tiny_vlm(stage=stage)
+        want = gradients(model, batches((3, 5)))
+        model.use_gradient_checkpointing()
+        calls = []
+        model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        assert_same_gradients(gradients(model, batches((3, 5))), want)
+        loss = model(**{k: v for k, v in batches([2])[0].items() if k in ("input_ids", "labels", "pixel_values")})
+        calls.clear()
+        loss.backward()
+        assert len(calls) == 1, f"{stage}: the layer was not run again in backward"
+
+
+def test_padding_changes_nothing():
+    model = tiny_vlm().eval()
+    alone = [collate([example(i)]) for i in range(4)]
+    total = sum(model(b["input_ids"], b["labels"], b["pixel_values"]) for b in alone)
+    batch = collate([example(i) for i in range(4)])
+    assert_close(model(batch["input_ids"], batch["labels"], batch["pixel_values"]), total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_the_forward_is_that_of_transformers_llava(pictures):
+    torch.manual_seed(0)
+    ours = tiny_vlm().eval()
+    image_token = VOCABULARY - 1
+    vision_config = SiglipVisionConfig(**SIZE, vision_use_head=False)
+    theirs = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=vision_config, text_config=ours.llm.config, image_token_index=image_token,
+        vision_feature_select_strategy="full", vision_feature_layer=-2, projector_hidden_act="gelu",
+        multimodal_projector_bias=True)).eval()
+    theirs.model.vision_tower.load_state_dict(ours.vision.models[0].state_dict())
+    theirs.model.language_model.load_state_dict(ours.llm.model.state_dict())
+    theirs.lm_head.load_state_dict(ours.llm.lm_head.state_dict())
+    theirs.model.multi_modal_projector.linear_1.load_state_dict(ours.projector[0].state_dict())
+    theirs.model.multi_modal_projector.linear_2.load_state_dict(ours.projector[2].state_dict())
+    batch = collate([example(i, pictures) for i in range(3)])
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, image_token)
+    with torch.no_grad():
+        want = theirs(input_ids=ids, pixel_values=batch["pixel_values"][0], labels=batch["labels"],
+                      attention_mask=batch["attention_mask"].long())
+        x = ours.embed(batch["input_ids"], batch["pixel_values"])
+        real = batch["attention_mask"]
+        assert_close(ours.llm(inputs_embeds=x).logits[real], want.logits[real], rtol=1e-4, atol=1e-5)
+        loss = ours(batch["input_ids"], batch["labels"], batch["pixel_values"])
+    count = (batch["labels"][:, 1:] != IGNORE).sum()
+    assert_close(loss / count, want.loss, rtol=1e-5, atol=1e-5)
+    full = cross_entropy(want.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+    assert_close(loss / count, full, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("llm", ["llama", "gpt2"])
+def test_a_random_model_starts_at_ln_v_and_overfits_one_batch(llm):
+    model = tiny_vlm(llm=llm)
+    batch = batches([4])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = [train_step(without_ddp(model), batch, optimizer, 1.0, torch.device("cpu"), False)[0] for _ in range(150)]
+    assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.1)
+    assert losses[-1] < 0.05
+
+
+def test_a_text_only_step_leaves_the_projector_and_its_adam_state_alone():
+    model = tiny_vlm()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    train_step(without_ddp(model), batches([4]), optimizer, 1.0, torch.device("cpu"), False)
+
+    def projector():
+        weights = [p.clone() for p in model.projector.parameters()]
+        return weights + [t.clone() for p in model.projector.parameters() for t in optimizer.state[p].values()]
+
+    before = projector()
+    train_step(without_ddp(model), batches([4], pictures=0), optimizer, 1.0, torch.device("cpu"), False)
+    assert all(torch.equal(a, b) for a, b in zip(before, projector(), strict=True))
+
+
+@pytest.mark.parametrize("llm", ["llama", "gpt2"])
+def test_batched_generation_equals_one_by_one(llm):
+    assistant = object.__new__(Assistant)                   # without a run folder: only what answering needs
+    assistant.device, assistant.model = torch.device("cpu"), tiny_vlm(llm=llm).eval()
+    assistant.language = type("Language", (), {"stop": 2})()
+    examples = [example(i, pictures) for i, pictures in ((0, 1), (5, 0), (2, 2), (7, 1))]
+    together = assistant.answer_ids(examples, max_new_tokens=20)
+    assert together == [assistant.answer_ids([one], max_new_tokens=20)[0] for one in examples]
+    assert len({tuple(answer) for answer in together}) > 1
+
+
+def test_the_answer_depends_on_the_picture():
+    model, one = tiny_vlm().eval(), example(3)
+    black = one | {"images": [[-torch.ones(3, 16, 16)]]}
+    with torch.no_grad():
+        seen, blind = (model(b["input_ids"], b["labels"], b["pixel_values"]) for b in map(collate, ([one], [black])))
+    assert abs(seen - blind) > 1e-3
+
+
+def test_tied_weights_are_saved_once_and_come_back_tied(tmp_path):
+    model = tiny_vlm(llm="gpt2")                            # GPT-2 ties its embeddings and its output layer
+    tensors = checkpoint.tensors_of(model, ["projector", "llm"])
+    assert not any("lm_head" in name for name in tensors)
+    folder = checkpoint.save(tmp_path, 1, tensors, {}, {"parts": ["projector", "llm"]}, keep=1)
+    other = tiny_vlm(llm="gpt2")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    checkpoint.load_weights(other, folder)
+    assert torch.equal(other.llm.lm_head.weight, model.llm.transformer.wte.weight)
+    assert other.llm.lm_head.weight is other.llm.transformer.wte.weight
