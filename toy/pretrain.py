@@ -51,6 +51,19 @@ def patch_labels(scene):
             [0 if t is None else 1 + shapes.index(t.shape) for t in here])
 
 
+@torch.no_grad()
+def scale_features(model, pixels):
+    """Scales the residual stream so that the second-to-last block's features have a standard deviation of 1.
+
+    Each block normalizes what it reads, so the model computes the same. But a fresh projector expects numbers around 1;
+    from larger ones it makes words so long that the language model's position embeddings drown in them.
+    """
+    scale = model(pixels, output_hidden_states=True).hidden_states[-2].std()
+    for name, parameter in model.named_parameters():
+        if "embedding" in name or "out_proj" in name or "fc2" in name:      # all that is added to the stream
+            parameter.div_(scale)
+
+
 def train_vision(steps, out, batch=64, pictures=12000):
     config = SiglipVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                                 image_size=toy.PIXELS, patch_size=PATCH, vision_use_head=False)
@@ -80,6 +93,7 @@ def train_vision(steps, out, batch=64, pictures=12000):
         if step % 100 == 99:
             right = [(logits[0][h].argmax(-1) == labels[pick, h]).float().mean().item() for h in range(2)]
             print(f"vision {step + 1}/{steps} loss {loss.item():.4f} color {right[0]:.4f} shape {right[1]:.4f}", flush=True)
+    scale_features(model, x)
     model.to(torch.bfloat16).save_pretrained(out / "vit")
     SiglipImageProcessorPil(size={"height": toy.PIXELS, "width": toy.PIXELS}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
                             resample=3, do_convert_rgb=True).save_pretrained(out / "vit")
@@ -171,16 +185,17 @@ def batches(rng, tokenizer, batch, pool=8):
             yield encode_documents(documents[i * batch:(i + 1) * batch], tokenizer)
 
 
-def train_language(steps, out, hidden=128, layers=4, batch=32):
+def train_language(steps, out, cycle, hidden=128, layers=4, batch=32):
+    """One cycle of the learning rate. The second goes on from what the first wrote, with other documents."""
     tokenizer = make_tokenizer()
     # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel.from_pretrained(out / "llm", dtype=torch.float32) if cycle else GPT2LMHeadModel(config)
     print(f"language: {len(tokenizer)} words, {sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
-    source = batches(random.Random(3), tokenizer, batch)
+    source = batches(random.Random(3 + 10 * cycle), tokenizer, batch)
     recent = []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -237,10 +252,12 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
     parser.add_argument("--vision_steps", type=int, default=1500)
     parser.add_argument("--language_steps", type=int, default=5000, help="0 writes a random model, to compare with")
+    parser.add_argument("--first_cycle", type=int, default=0, help="1 goes on from the llm that is there")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.only != "llm":
         train_vision(args.vision_steps, args.out)
     if args.only != "vit":
-        train_language(args.language_steps, args.out)
+        for cycle in range(args.first_cycle, 2 if args.language_steps else 1):
+            train_language(args.language_steps, args.out, cycle)
