@@ -21,29 +21,72 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def step_folders(run):
-    """Complete step folders of a run, oldest first. A folder has this name only after all its files are on disk."""
+    """All step folders of a run, oldest first. A folder gets this name only after all its files are on disk."""
     return sorted(folder for folder in Path(run).glob("step-*") if folder.is_dir() and folder.name[5:].isdigit())
 
 
+def damage(step_folder):
+    """What is wrong with a step folder, "" if it is whole. The head of a safetensors file says how long it must be."""
+    for name in FILES:
+        try:
+            if name.endswith(".json"):
+                json.loads((Path(step_folder) / name).read_text())
+            else:
+                with safe_open(Path(step_folder) / name, "pt"):
+                    pass
+        except (OSError, SafetensorError, json.JSONDecodeError) as e:
+            return f"{name}: {e}"
+    return ""
+
+
+def newest(run):
+    """-> the newest whole step folder of a run or None, and a sentence about each damaged one that is newer."""
+    damaged = []
+    for folder in reversed(step_folders(run)):
+        if not damage(folder):
+            return folder, damaged
+        damaged.append(f"{folder} is damaged and left aside ({damage(folder)})")
+    return None, damaged
+
+
 def save(run, step, model_tensors, optimizer_tensors, state, keep):
-    """Writes one step folder, whole or not at all, then removes all but the `keep` newest. Returns the folder."""
+    """Writes one step folder, whole or not at all, then removes all but the `keep` newest. Returns the folder.
+
+    A state with "forever": true is never removed. Raises UserError where the disk refuses; what was there stays.
+    """
     run = Path(run)
     final, part = run / f"step-{step:08d}", run / f"part-{step:08d}"
-    shutil.rmtree(part, ignore_errors=True)                 # left by a run that was killed here
-    part.mkdir(parents=True)
-    save_file(model_tensors, part / FILES[0])
-    save_file(optimizer_tensors, part / FILES[1])
-    (part / FILES[2]).write_text(json.dumps({"step": step, **state}, indent=2))
-    for name in FILES:
-        flush(part / name)
-    flush(part)
+    for left_over in run.glob("part-*"):                    # by a run that was killed while it saved
+        shutil.rmtree(left_over)
+    try:
+        part.mkdir(parents=True)
+        save_file(model_tensors, part / FILES[0])
+        save_file(optimizer_tensors, part / FILES[1])
+        write_text(part / FILES[2], json.dumps({"step": step, **state}, indent=2))
+        for name in FILES:
+            flush(part / name)
+        flush(part)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"the checkpoint of step {step} can't be written to {run} ({e}). Older ones are intact. Free some "
+                        "space or lower --keep, then give the same command again") from e
     if final.exists():
         shutil.rmtree(final)
     part.rename(final)                                      # the folder appears whole or not at all
     flush(run)
-    for old in step_folders(run)[:-keep]:
-        shutil.rmtree(old)
+    removable = [folder for folder in step_folders(run) if damage(folder) or not read_state(folder).get("forever")]
+    for old in removable[:-keep]:
+        old.rename(part)                                    # under its own name it would be a damaged one, if killed here
+        shutil.rmtree(part)
     return final
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all."""
+    part = Path(path).with_suffix(".part")
+    part.write_text(text)
+    flush(part)
+    part.replace(path)
 
 
 def flush(path):
@@ -56,15 +99,17 @@ def flush(path):
 
 
 def find(ckpt):
-    """A step folder, or the newest one of a run folder."""
+    """A step folder, or the newest whole one of a run folder."""
     folder = Path(ckpt)
-    if (folder / "state.json").exists():
+    if folder.name.startswith("step-"):
+        if damage(folder):
+            raise UserError(f"--ckpt {ckpt} is damaged ({damage(folder)}). Give another step folder of this run")
         return folder
-    steps = step_folders(folder)
-    if not steps:
-        raise UserError(f"--ckpt {ckpt}: there is no step-* folder in it, so nothing was saved yet. "
+    found, damaged = newest(folder)
+    if found is None:
+        raise UserError(f"--ckpt {ckpt}: there is no whole step-* folder in it{''.join('; ' + text for text in damaged)}. "
                         "Give a run folder with a checkpoint, or a step folder")
-    return steps[-1]
+    return found
 
 
 def read_state(step_folder):
@@ -93,7 +138,8 @@ def load_weights(model, step_folder):
     wrong = ([f"missing {name}" for name in wanted if name not in saved]
              + [f"surplus {name}" for name in saved if name not in wanted]
              + [f"{name} is {tuple(saved[name].shape)}, the model has {tuple(wanted[name].shape)}"
-                for name in wanted if name in saved and saved[name].shape != wanted[name].shape])
+                for name in wanted if name in saved and saved[name].shape != wanted[name].shape]
+             + [f"{name} is of type {tensor.dtype}" for name, tensor in saved.items() if not tensor.is_floating_point()])
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"{file} is the checkpoint of another model: {shown}. "
@@ -121,6 +167,5 @@ def load_optimizer(model, optimizer, step_folder):
             if key == "random":
                 random_states[name] = tensor
             else:
-                device = "cpu" if key == "step" else parameters[name].device
-                optimizer.state[parameters[name]][key] = tensor.to(device)
+                optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
     return random_states

@@ -52,7 +52,10 @@ class Config:
     seed: int = knob(7, "of the projector's start, and of the order of the data")
     save_every: int = knob(500, "a checkpoint every so many steps, and at the end", "steps")
     keep: int = knob(2, "newest checkpoints to keep")
+    keep_epochs: bool = knob(False, "also save at the end of each epoch, and never remove these checkpoints")
     overwrite: bool = knob(False, "delete a run folder of the same name and start over")
+    skip_bad_examples: bool = knob(False, "replace an example that can't be read by the next good one, and count it, "
+                                   "instead of stopping")
     num_workers: int = knob(4, "processes that read data, per GPU; 0 = none")
     gradient_checkpointing: bool = knob(False, "recompute the LLM's activations in backward: less memory, 30 % slower")
     precision: Literal["auto", "bf16", "fp32"] = knob("auto", "autocast; auto = bf16 on a GPU, fp32 on a CPU")

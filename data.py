@@ -12,6 +12,8 @@ Prompts of training and of inference come from the same function, `to_pieces`.
 """
 import hashlib
 import json
+import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,56 +287,73 @@ def read_image(path):
 
 # -- the dataset -----------------------------------------------------------------------------------------------------
 
-def read_rows(path):
-    """LLaVA JSON (a list) or JSON lines -> list of dicts. Raises UserError with the file and the line."""
-    path = Path(path)
-    if not path.is_file():
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def find_rows(path):
+    """LLaVA JSON (a list) or JSON lines -> (n, 2) the first byte of each example, and the one behind its last.
+
+    Raises UserError with the file and the line.
+    """
+    def wrong(at, what):
+        return UserError(f"{path}, line {text.count(chr(10), 0, at) + 1}: {what}. Expected a JSON list of examples, "
+                         "or one example per line")
+    if not Path(path).is_file():
         raise UserError(f"{path} does not exist. It should be a LLaVA JSON or JSON-lines file")
-    text = path.read_text(encoding="utf-8")
+    # One character for each byte: JSON's own signs are ASCII, so what is found is also the place in the file.
+    raw = Path(path).read_bytes()
+    text = raw.decode("latin-1")
     try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = []
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-    except json.JSONDecodeError as e:
-        where = f"line {e.lineno}" if text.lstrip().startswith("[") else f"line {number}"
-        raise UserError(f"{path}, {where}: this is no JSON ({e.msg}). Expected a list of examples, or one per line") from e
-    if not rows:
-        raise UserError(f"{path} holds no example")
-    for i, row in enumerate(rows):
+        raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise wrong(e.start, "this is no UTF-8 text") from e
+    at = SPACE.match(text, 3 * text.startswith("\xef\xbb\xbf")).end()                  # behind a byte order mark
+    is_list, places, decoder = text.startswith("[", at), [], json.JSONDecoder()
+    at += is_list
+    while (at := SPACE.match(text, at).end()) < len(text) and not (is_list and text[at] == "]"):
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as e:
+            raise wrong(e.pos, f"this is no JSON ({e.msg})") from e
         if not isinstance(row, dict):
-            raise UserError(f"{path}[{i}] must be an object with 'conversations', found {str(row)[:60]!r}")
-    return rows
+            raise wrong(at, f"example {len(places)} must be an object with 'conversations', found {str(row)[:60]!r}")
+        places.append((at, end))
+        at = SPACE.match(text, end).end()
+        if is_list and text[at:at + 1] not in (",", "]"):
+            raise wrong(at, f"a comma or the end of the list is missing behind example {len(places) - 1}")
+        at += is_list and text[at] == ","
+    if is_list and at == len(text):
+        raise wrong(at, "the list does not end; the file was cut off")
+    if not places:
+        raise UserError(f"{path} holds no example")
+    return np.array(places, np.int64)
 
 
 class Conversations(torch.utils.data.Dataset):
-    """Map-style dataset over one file. `data[i]` is {input_ids (T,), labels (T,), images, id}, or a BadExample.
+    """Map-style dataset over one file. `data[i]` is {input_ids (T,), labels (T,), images, id, replaced}, or a BadExample.
 
     It returns the error instead of raising it: raised inside a DataLoader worker, it would arrive wrapped in that
     worker's traceback. The loop raises it.
 
-    caption_only, ask: see `to_pieces`.
+    caption_only, ask: see `to_pieces`. skip_bad: a bad example is replaced by the next good one of its modality.
     """
 
-    def __init__(self, path, image_dir, language, transforms, max_length, caption_only=False, ask=False):
+    def __init__(self, path, image_dir, language, transforms, max_length, caption_only=False, ask=False, skip_bad=False):
         self.path, self.image_dir = Path(path), Path(image_dir)
         self.language, self.transforms, self.max_length = language, transforms, max_length
-        self.caption_only, self.ask = caption_only, ask
-        # Examples as JSON bytes in one array: forked workers share it. A list of dicts would be copied into every
-        # worker page by page, because Python writes a reference count into each object it looks at.
-        rows = [json.dumps(row, ensure_ascii=False).encode() for row in read_rows(path)]
-        self.ends = np.cumsum([len(row) for row in rows])
-        self.bytes = np.frombuffer(b"".join(rows), dtype=np.uint8)
+        self.caption_only, self.ask, self.skip_bad = caption_only, ask, skip_bad
+        self.cache = self._read_cache()                     # (n, 4) first byte, end, length (0 = bad), has picture
+        self.places = find_rows(path) if self.cache is None else self.cache[:, :2]
+        # The file is mapped, so all workers and ranks share it. A list of dicts would be copied into every worker page
+        # by page, because Python writes a reference count into each object it looks at.
+        self.bytes = np.memmap(path, np.uint8, "r")
 
     def __len__(self):
-        return len(self.ends)
+        return len(self.places)
 
     def row(self, i):
-        start = self.ends[i - 1] if i else 0
-        return json.loads(self.bytes[start:self.ends[i]].tobytes())
+        start, end = self.places[i]
+        return json.loads(self.bytes[start:end].tobytes())
 
     def named(self, i, error):
         """The error with its place."""
@@ -362,6 +381,15 @@ class Conversations(torch.utils.data.Dataset):
         return path
 
     def __getitem__(self, i):
+        example = self._read(i)
+        if self.skip_bad and isinstance(example, BadExample):
+            for j in self._next_good(i):
+                other = self._read(j)
+                if not isinstance(other, BadExample):
+                    return other | {"replaced": 1}
+        return example
+
+    def _read(self, i):
         row = self.row(i)
         try:
             input_ids, labels = self.tokens(row)
@@ -369,49 +397,67 @@ class Conversations(torch.utils.data.Dataset):
         except BadExample as e:
             return self.named(i, e)
         return {"id": str(row.get("id", i)), "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels),
-                "images": [[transform(picture) for transform in self.transforms] for picture in pictures]}
+                "images": [[transform(picture) for transform in self.transforms] for picture in pictures], "replaced": 0}
+
+    def _next_good(self, i):
+        """Indices of the examples behind i that can be tokenised and have i's modality, around the end of the file."""
+        _, has_image = self.lengths()
+        good = np.flatnonzero((self.cache[:, 2] > 0) & (has_image == has_image[i]))
+        return [int(j) for j in np.roll(good, -np.searchsorted(good, i + 1)) if j != i]
 
     def lengths(self):
         """-> lengths (n,) in positions, has_image (n,). Exact: every text is tokenised. Kept in a file beside the data.
 
         The file's name holds a hash of everything that the lengths depend on, so an old one is never taken for a new
-        one. Raises BadExample for the first example that can't be trained on.
+        one. Raises BadExample for the first example that can't be trained on; with skip_bad it gets the values of the
+        next good one.
         """
-        cache = self._cache_file()
-        if cache.exists():
-            saved = np.load(cache, allow_pickle=False)      # (2, n)
-            return saved[0], saved[1].astype(bool)
-        lengths, has_image = np.zeros(len(self), np.int64), np.zeros(len(self), bool)
-        chunk = 1000
+        if self.cache is None:
+            self.cache = np.column_stack([self.places, self._count()])
+            self._write_cache()
+        lengths, has_image = self.cache[:, 2].copy(), self.cache[:, 3].astype(bool)
+        good = np.flatnonzero(lengths)
+        if len(good) < len(lengths):
+            first = int(np.flatnonzero(lengths == 0)[0])
+            if not self.skip_bad or len(good) == 0:
+                raise self._read(first)
+            next_good = good[np.searchsorted(good, np.arange(len(lengths))) % len(good)]
+            lengths, has_image = lengths[next_good], has_image[next_good]
+        return lengths, has_image
+
+    def _count(self):
+        """-> (n, 2) length and has picture, length 0 where the example is bad."""
+        counted, chunk = np.zeros((len(self), 2), np.int64), 1000
         for start in tqdm(range(0, len(self), chunk), desc="counting tokens", unit_scale=chunk, disable=len(self) < 10000):
-            indices = range(start, min(start + chunk, len(self)))
-            pieces = [self._checked(i, lambda row: to_pieces(row, self.language, self.caption_only)) for i in indices]
+            indices, pieces = range(start, min(start + chunk, len(self))), []
+            for i in indices:
+                try:
+                    pieces.append(to_pieces(self.row(i), self.language, self.caption_only))
+                except BadExample as e:
+                    pieces.append(self._bad(i, e))
             ids = iter(self.language.ids([piece.text for row in pieces for piece in row if piece.text]))
             for i, row in zip(indices, pieces):
                 texts = [next(ids) for piece in row if piece.text]
-                lengths[i] = self._checked(i, lambda _: self._length(row, texts))
-                has_image[i] = any(not piece.text for piece in row)
-        try:
-            part = cache.with_suffix(".part.npy")
-            np.save(part, np.stack([lengths, has_image]))
-            part.replace(cache)
-        except OSError:                                     # a folder one may not write into: count again next time
-            pass
-        return lengths, has_image
+                try:
+                    counted[i] = self._length(row, texts) if row else 0, any(not piece.text for piece in row)
+                except BadExample as e:
+                    self._bad(i, e)
+        return counted
+
+    def _bad(self, i, error):
+        """Without skip_bad the first bad example ends the count: nobody wants to wait for the rest of 665,000."""
+        if not self.skip_bad:
+            raise self.named(i, error) from None
+        return []
 
     def _length(self, pieces, texts):
         input_ids, labels = assemble(pieces, texts, self.language.bos, self.transforms[0].patches, self.max_length)
         check_supervised(labels, len(input_ids), self.max_length)
         return len(input_ids)
 
-    def _checked(self, i, function):
-        try:
-            return function(self.row(i))
-        except BadExample as e:
-            raise self.named(i, e) from None
-
     def _cache_file(self):
-        h = hashlib.sha256(self.bytes)
+        with open(self.path, "rb") as file:
+            h = hashlib.file_digest(file, "sha256")
         tokenizer = self.language.tokenizer
         rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
         for part in (rules, self.language.prompt, self.language.bos, self.transforms[0].patches, self.max_length,
@@ -419,12 +465,26 @@ class Conversations(torch.utils.data.Dataset):
             h.update(repr(part).encode())
         return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
 
+    def _read_cache(self):
+        try:
+            return np.load(self._cache_file(), allow_pickle=False)
+        except (OSError, ValueError, EOFError):             # not there, or cut off: then it is made again
+            return None
+
+    def _write_cache(self):
+        try:
+            part = self._cache_file().with_suffix(f".part{os.getpid()}.npy")
+            np.save(part, self.cache)
+            part.replace(self._cache_file())
+        except OSError as e:                                # a folder one may not write into
+            print(f"the token counts can't be kept beside {self.path} ({e.strerror}); the next start counts again")
+
 
 def collate(examples):
     """Examples -> one batch, padded on the right. A BadExample among them is returned in place of the batch.
 
     input_ids (B, T), labels (B, T), attention_mask (B, T) bool, pixel_values: one (N, C, H, W) per backbone, N pictures
-    in the order of the examples (no tensor at all for text only), ids: list of str.
+    in the order of the examples (no tensor at all for text only), ids: list of str, replaced: how many (see skip_bad).
     """
     for example in examples:
         if isinstance(example, BadExample):
@@ -434,6 +494,7 @@ def collate(examples):
     images = [image for example in examples for image in example["images"]]
     input_ids = pad([example["input_ids"] for example in examples], batch_first=True)
     return {"ids": [example["id"] for example in examples],
+            "replaced": sum(example["replaced"] for example in examples),
             "input_ids": input_ids,
             "labels": pad([example["labels"] for example in examples], batch_first=True, padding_value=IGNORE),
             # From the lengths. `input_ids != pad` would also hide every end token where the two share an id.

@@ -207,9 +207,9 @@ def ask_odd(rng):
 
 
 def ask_text_scene(rng):
-    """A question about a scene that is told in words: what the picture questions are without a picture."""
+    """A question about a scene that is told in words."""
     scene = random_scene(rng)
-    question, answer = rng.choice(list(ASK.values()))(scene, rng)
+    question, answer = rng.choice((ask_color, ask_shape, ask_position, ask_yes_no))(scene, rng)
     return f"There is {caption(scene)}. {question}", answer
 
 

@@ -11,9 +11,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +41,7 @@ from sampler import SplitModalitySampler
 
 # A run may continue with other values of these: they do not change what is computed, up to float rounding.
 FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite", "gradient_checkpointing",
-                  "run_root", "run_id", "prepare", "val_json")
+                  "run_root", "run_id", "prepare", "val_json", "keep_epochs", "skip_bad_examples")
 
 
 def main(cfg):
@@ -51,9 +53,9 @@ def main(cfg):
     # Data: one dataset, cut by the sampler into this rank's micro-batches.
     language = load_language(cfg.llm_backbone, cfg.prompt)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
-    data = Conversations(cfg.train_json, cfg.image_dir, language, transforms, cfg.max_length,
-                         caption_only=cfg.stage == "align")
     with rank_zero_first(rank):                             # it counts all tokens and keeps them; the others read that
+        data = Conversations(cfg.train_json, cfg.image_dir, language, transforms, cfg.max_length,
+                             caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples)
         lengths, has_image = data.lengths()
     per_device = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // world_size))
     if cfg.global_batch_size % (per_device * world_size):
@@ -65,6 +67,7 @@ def main(cfg):
                                    window=cfg.length_window)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=cfg.num_workers,
                         persistent_workers=cfg.num_workers > 0, pin_memory=device.type == "cuda",
+                        worker_init_fn=worker_signals,
                         generator=torch.Generator().manual_seed(cfg.seed))  # or it would draw from the model's random state
     total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
 
@@ -89,49 +92,75 @@ def main(cfg):
         print_opening(cfg, model, data, sampler, total)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage, dynamic_ncols=True)
+    stop, saved = Stop(), step
     with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
-        while step < total:
+        while step < total and not stop.agreed:
             epoch, start = divmod(step, sampler.batches_per_epoch)
             sampler.set_epoch(epoch)
             sampler.set_start(start)
             batches = iter(loader)
             for _ in range(min(sampler.batches_per_epoch - start, total - step)):
                 began = time.perf_counter()
-                micro_batches = [good(next(batches)) for _ in range(sampler.accumulation)]
+                micro_batches = [next(batches) for _ in range(sampler.accumulation)]
                 waited = time.perf_counter() - began
+                counts = count_together(micro_batches, stop.asked, device)
+                stop.agreed = counts["stop"] > 0
+                if (stop.agreed or counts["bad"]) and step > saved:
+                    save(run, step, model, optimizer, parts, cfg.keep)
+                if stop.agreed:
+                    break
+                stop_at_bad_examples(micro_batches, counts)
                 lr = learning_rate(step, total, cfg)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss, norm, counts = train_step(ddp, micro_batches, optimizer, cfg.max_grad_norm, device, bf16)
+                loss, norm = train_step(ddp, micro_batches, counts["tokens"], cfg.max_grad_norm, device, bf16)
+                stop_unless_finite(loss, norm, step + 1, micro_batches)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
                 step += 1
                 if rank == 0:
                     seconds = time.perf_counter() - began
-                    metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, **counts,
-                               "data_wait": waited / seconds, "tokens_per_second": counts["positions"]
-                               * (1 - counts["padding"]) / seconds,
+                    metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm,
+                               "tokens": counts["tokens"], "positions": counts["positions"],
+                               "padding": 1 - counts["real"] / counts["positions"], "replaced": counts["replaced"],
+                               "data_wait": waited / seconds, "tokens_per_second": counts["real"] / seconds,
                                "modality": "image" if micro_batches[0]["pixel_values"] else "text"}
                     metrics_file.write(json.dumps(metrics) + "\n")
                     metrics_file.flush()
                     bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", data=f"{waited / seconds:.0%}", refresh=False)
                     bar.update()
-                if step % cfg.save_every == 0 or step == total:
-                    save(run, step, model, optimizer, parts, cfg.keep)
+                epoch_ends = cfg.keep_epochs and step % sampler.batches_per_epoch == 0
+                if step % cfg.save_every == 0 or step == total or epoch_ends:
+                    save(run, step, model, optimizer, parts, cfg.keep, forever=epoch_ends)
+                    saved = step
     bar.close()
+    stop.restore()
     dist.destroy_process_group()
-    return run if rank == 0 else None
+    if stop.agreed and rank == 0:
+        print(f"stopped by a signal after step {step} and saved; the same command continues")
+    return run if rank == 0 and not stop.agreed else None
 
 
 # -- one step --------------------------------------------------------------------------------------------------------
 
-def train_step(model, micro_batches, optimizer, max_norm, device, bf16):
-    """One optimizer step on this rank's micro-batches. Returns loss per supervised token, gradient norm, counts.
+def count_together(micro_batches, stop, device):
+    """What all ranks must know before a step, in one small all-reduce -> dict of sums over all ranks."""
+    good = [batch for batch in micro_batches if not isinstance(batch, BadExample)]
+    counts = {"tokens": sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in good),       # supervised
+              "real": sum(int(batch["attention_mask"].sum()) for batch in good),                    # not padding
+              "positions": sum(batch["input_ids"].numel() for batch in good),
+              "replaced": sum(batch["replaced"] for batch in good),
+              "bad": len(micro_batches) - len(good),
+              "stop": int(stop)}
+    return dict(zip(counts, all_sum(torch.tensor(list(counts.values()), device=device)).tolist()))
 
-    The gradient is that of: sum of the token losses / number of supervised tokens, both over the whole global batch.
-    Averaging micro-batch by micro-batch would weigh a 3-token answer like a 300-token one.
+
+def train_step(model, micro_batches, tokens, max_norm, device, bf16):
+    """Forward and backward of one optimizer step on this rank's micro-batches. -> loss per supervised token, gradient norm.
+
+    The gradient is that of: sum of the token losses / `tokens`, both over the whole global batch. Averaging micro-batch
+    by micro-batch would weigh a 3-token answer like a 300-token one.
     """
-    counts = all_sum(torch.tensor([[(batch["labels"][:, 1:] != IGNORE).sum(), batch["attention_mask"].sum(),
-                                    batch["input_ids"].numel()] for batch in micro_batches], device=device).sum(0))
-    tokens, real, positions = counts.tolist()
     scale = dist.get_world_size() / tokens                  # DDP averages over ranks; we want the sum
     loss_sum = torch.zeros((), device=device)
     for i, batch in enumerate(micro_batches):
@@ -144,14 +173,7 @@ def train_step(model, micro_batches, optimizer, max_norm, device, bf16):
             (loss * scale).backward()
         loss_sum += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    mean, norm = (all_sum(loss_sum) / tokens).item(), norm.item()
-    if not math.isfinite(mean) or not math.isfinite(norm):  # the same numbers on all ranks, so all stop here
-        ids = [name for batch in micro_batches for name in batch["ids"]]
-        raise UserError(f"loss {mean}, gradient norm {norm}: not finite, the update was not made. Rank "
-                        f"{dist.get_rank()} had the examples {', '.join(ids)}. Look at them, or lower --learning_rate")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return mean, norm, {"tokens": tokens, "positions": positions, "padding": 1 - real / positions}
+    return (all_sum(loss_sum) / tokens).item(), norm.item()
 
 
 def all_sum(tensor):
@@ -159,10 +181,20 @@ def all_sum(tensor):
     return tensor
 
 
-def good(batch):
-    if isinstance(batch, BadExample):
-        raise batch
-    return batch
+def stop_at_bad_examples(micro_batches, counts):
+    for batch in micro_batches:
+        if isinstance(batch, BadExample):
+            raise batch
+    if counts["bad"]:
+        raise OtherRank("another rank met a bad example")
+
+
+def stop_unless_finite(loss, norm, step, micro_batches):
+    """Before the update. All ranks have the same two numbers, so all stop here."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        ids = ", ".join(name for batch in micro_batches for name in batch["ids"])
+        raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are intact. "
+                        f"Rank {dist.get_rank()} had the examples {ids}. Look at them, or lower --learning_rate")
 
 
 def learning_rate(step, total, cfg):
@@ -177,7 +209,8 @@ def make_optimizer(model, cfg):
     """AdamW. Matrices decay; norms and biases do not: pulling a norm's scale to zero helps nothing."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW([{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.learning_rate)
+                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
+                             lr=cfg.learning_rate, fused=True)      # one kernel instead of several for each tensor
 
 
 # -- before and after the loop ---------------------------------------------------------------------------------------
@@ -194,6 +227,30 @@ def start_process_group():
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
     return device
+
+
+class Stop:
+    """SIGTERM (a cluster that takes the machine back) or SIGINT (Ctrl-C): finish the step, save, leave.
+
+    Signals reach ranks at different moments, so the ranks first agree on it, see `count_together`.
+    """
+
+    def __init__(self):
+        self.asked = self.agreed = False
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __call__(self, number, frame):
+        self.asked = True
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def worker_signals(worker):
+    """Data workers inherit the loop's handlers. Ctrl-C is not their business; SIGTERM ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class rank_zero_first:
@@ -219,14 +276,15 @@ def prepare(cfg, run, rank):
         if cfg.ckpt and Path(cfg.ckpt).resolve() in (run.resolve(), *run.resolve().glob("step-*")):
             raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt as it was at the "
                             "start; to start from it, name the new run with --run_id")
-        if cfg.overwrite and (run / "config.json").exists():
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # by torchrun --max-restarts: continue
+        if cfg.overwrite and not restarted and (run / "config.json").exists():
             shutil.rmtree(run)
         if (run / "config.json").exists():
             check_same_run(cfg, config.read_config(run), run)
         else:
             try:
                 run.mkdir(parents=True, exist_ok=True)
-                (run / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+                checkpoint.write_text(run / "config.json", json.dumps(asdict(cfg), indent=2))
             except OSError as e:
                 raise UserError(f"the run folder {run} can't be written ({e.strerror}). Choose another --run_root") from e
     dist.barrier()
@@ -251,7 +309,7 @@ def checkpoint_parts(cfg):
     return [name for name in PARTS if name in before or name in TRAINS[cfg.stage]]
 
 
-def save(run, step, model, optimizer, parts, keep):
+def save(run, step, model, optimizer, parts, keep, forever=False):
     """Rank zero writes, everyone waits."""
     state = random_state()
     states = [torch.empty_like(state) for _ in range(dist.get_world_size())]
@@ -259,7 +317,8 @@ def save(run, step, model, optimizer, parts, keep):
     if dist.get_rank() == 0:
         optimizer_tensors = checkpoint.optimizer_tensors(model, optimizer)
         optimizer_tensors |= {f"random.{rank}": state.cpu() for rank, state in enumerate(states)}
-        checkpoint.save(run, step, checkpoint.tensors_of(model, parts), optimizer_tensors, {"parts": parts}, keep)
+        checkpoint.save(run, step, checkpoint.tensors_of(model, parts), optimizer_tensors,
+                        {"parts": parts, "forever": forever}, keep)
     dist.barrier()                                          # outside the `if`, or the other ranks never meet rank zero
 
 
@@ -272,12 +331,15 @@ def random_state():
 
 def resume(cfg, run, model, optimizer):
     """Restores the newest checkpoint of the run, if there is one. Returns the number of steps done."""
-    steps = checkpoint.step_folders(run)
+    newest, damaged = checkpoint.newest(run)
+    if dist.get_rank() == 0:
+        for sentence in damaged:
+            print(sentence, file=sys.stderr)
     step = 0
-    if steps:
-        step = checkpoint.read_state(steps[-1])["step"]
-        checkpoint.load_weights(model, steps[-1])
-        state = checkpoint.load_optimizer(model, optimizer, steps[-1]).get(str(dist.get_rank()))
+    if newest:
+        step = checkpoint.read_state(newest)["step"]
+        checkpoint.load_weights(model, newest)
+        state = checkpoint.load_optimizer(model, optimizer, newest).get(str(dist.get_rank()))
         if state is not None:                               # a rank that the run did not have before draws afresh
             cpu = len(torch.get_rng_state())
             torch.set_rng_state(state[:cpu])
@@ -301,7 +363,9 @@ def print_opening(cfg, model, data, sampler, total):
     print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x {sampler.accumulation} accumulated x "
           f"{sampler.world_size} ranks · {len(data):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
           f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
-    example = good(data[0])
+    example = data[0]
+    if isinstance(example, BadExample):
+        raise example
     print(f"sample 0 {show(example['input_ids'].tolist(), example['labels'].tolist(), data.language.tokenizer)}"
           "     (>> << is what the loss sees)", flush=True)
 
@@ -321,11 +385,38 @@ def finish(cfg, run):
         print(f"next     python generate.py --ckpt {run} --image FILE --prompt TEXT")
 
 
+class OtherRank(Exception):
+    """This rank is well, but has to end because another one can't go on."""
+
+
+def end_with(error):
+    """Ends this rank at once: a clean exit would wait for the others. torchrun then ends these, and shows the error again.
+
+    An error that all ranks have is shown once: rank zero goes first, and with it goes the run.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5 if isinstance(error, OtherRank) else min(rank, 1) * 2)
+    text = str(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        text = ("a process that reads data was killed from outside, most often because memory ran out "
+                f"({text.splitlines()[0]}). Lower --num_workers or --per_device_batch_size; the same command continues")
+    elif not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
+        text = "".join(traceback.format_exception(error))
+    if "closed by peer" in text or "reset by peer" in text or isinstance(error, OtherRank):
+        text = f"rank {rank} ends because another rank did; see there"
+    else:
+        text = f"error (rank {rank}): {text}"
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:         # what torchrun shows as the root cause
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    print(f"\n{text}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 if __name__ == "__main__":
     try:
         finished = main(cfg)
         if finished:                                        # rank zero, after the process group is gone
             finish(cfg, finished)
-    except (UserError, subprocess.CalledProcessError) as e:
-        print(f"\nerror (rank {os.environ.get('RANK', 0)}): {e}", file=sys.stderr, flush=True)
-        os._exit(1)                                         # at once: a clean exit would wait for the other ranks
+    except Exception as e:
+        end_with(e)

@@ -45,6 +45,16 @@ def weights(run):
     return load_file(sorted(run.glob("step-*"))[-1] / "model.safetensors")
 
 
+def assert_same_up_to_rounding(got, want):
+    """Without GPT-2's key biases (the middle third of c_attn.bias): a softmax does not change when all its inputs shift,
+    so their true gradient is zero, and Adam turns the rounding noise in its place into steps of full size."""
+    assert got.keys() == want.keys()
+    for name in want:
+        parts = [tensor.chunk(3)[::2] if name.endswith("c_attn.bias") else [tensor] for tensor in (got[name], want[name])]
+        for a, b in zip(*parts):
+            assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
 @pytest.fixture(scope="session")
 def one_rank(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("one")
@@ -69,8 +79,7 @@ def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank,
     for got, want in zip(metrics, one_rank[0], strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)     # fp32 sums in another order
         assert (got["tokens"], got["modality"], got["lr"]) == (want["tokens"], want["modality"], want["lr"])
-    for name, tensor in weights(one_rank[1]).items():
-        assert_close(weights(run)[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+    assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
 
 
 def test_text_only_training_works_on_two_ranks_and_leaves_the_projector_alone(world, tmp_path):

@@ -8,6 +8,7 @@ toy/llm  a GPT-2-type language model. It never saw a picture. It read texts abou
          is the place where `align` later puts the projected patches: the projector has to find the words.
 """
 import argparse
+import copy
 import json
 import random
 import sys
@@ -74,7 +75,7 @@ def train_vision(steps, out, batch=64, pictures=12000):
     pixels = torch.from_numpy(np.stack([np.asarray(toy.draw(scene, rng)) for scene in scenes]))     # (n, H, W, 3)
     labels = torch.tensor([patch_labels(scene) for scene in scenes])                                # (n, 2, 36)
     parameters = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, steps, 1e-3)
@@ -108,33 +109,28 @@ def scene_map(scene):
     return "".join(" ." if t is None else f" {t.color}{t.shape}" for t in words)
 
 
-def document(rng):
-    """A text as pieces (text, learn it?): maps and questions are read, captions and answers are learned.
+def asked(question, answer):
+    """The prompt format that training uses for it (`plain` in data.py), as an instruction-tuned model knows its own."""
+    return [(f"In: {question}\nOut:", False), (f" {answer}", True)]
 
-    The questions follow "Q:" and "A:". The prompt of training, "In:" and "Out:", is new to the model in `finetune`.
-    """
-    kind = rng.random()
-    scene = toy.random_scene(rng)
-    if kind < 0.25:
+
+def document(rng):
+    """A text as pieces (text, learn it?): maps and questions are read, captions and answers are learned."""
+    kind, scene = rng.random(), toy.random_scene(rng)
+    if kind < 0.20:
         return [(scene_map(scene), False), (toy.caption(scene), True)]
-    if kind < 0.30:
-        return [(scene_map(scene), False), ("Q: Describe the picture.\nA: ", False), (toy.caption(scene), True)]
-    if kind < 0.70:
-        pieces = [(scene_map(scene), False)]
-        for ask in rng.sample(list(toy.ASK.values()), 4):
-            question, answer = ask(scene, rng)
-            pieces += [(f"Q: {question}\nA: ", False), (answer, True)]
-        return pieces
-    if kind < 0.85:
+    if kind < 0.25:
+        return [(scene_map(scene), False), *asked("Describe the picture.", toy.caption(scene))]
+    if kind < 0.60:
+        turns = [asked(*ask(scene, rng)) for ask in rng.sample(list(toy.ASK.values()), len(toy.ASK))]
+        return [(scene_map(scene), False), *(piece for turn in turns for piece in turn)]
+    if kind < 0.75:
         other = toy.random_scene(rng)
         question, answer = toy.ask_two(scene, other, rng)
-        return [("Q: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
-                (f"\n{question}\nA: ", False), (answer, True)]
-    pieces = []
-    for _ in range(2):
-        question, answer = rng.choice(list(toy.ASK_TEXT.values()))(rng)
-        pieces += [(f"Q: {question}\nA: ", False), (answer, True)]
-    return pieces
+        return [("In: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
+                (f"\n{question}\nOut:", False), (f" {answer}", True)]
+    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, 2), k=3)
+    return [piece for ask in asks for piece in asked(*ask(rng))]
 
 
 def make_tokenizer():
@@ -142,7 +138,6 @@ def make_tokenizer():
     rng = random.Random(2)
     texts = ["".join(text for text, _ in document(rng)) for _ in range(20000)]
     texts += [f" {color}{shape}" * 2000 for color in toy.COLORS for shape in toy.SHAPES]   # no rare thing: one word each
-    texts += [" In: Out:\nIn:\nOut:" * 2000]
     split = lambda: pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = split()
@@ -185,17 +180,16 @@ def batches(rng, tokenizer, batch, pool=8):
             yield encode_documents(documents[i * batch:(i + 1) * batch], tokenizer)
 
 
-def train_language(steps, out, cycle, hidden=128, layers=4, batch=32):
-    """One cycle of the learning rate. The second goes on from what the first wrote, with other documents."""
+def train_language(steps, out, hidden=128, layers=4, batch=16):
     tokenizer = make_tokenizer()
     # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = GPT2LMHeadModel.from_pretrained(out / "llm", dtype=torch.float32) if cycle else GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
     print(f"language: {len(tokenizer)} words, {sum(p.numel() for p in model.parameters()):,} parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
-    source = batches(random.Random(3 + 10 * cycle), tokenizer, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    source = batches(random.Random(3), tokenizer, batch)
     recent = []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -212,11 +206,15 @@ def train_language(steps, out, cycle, hidden=128, layers=4, batch=32):
         optimizer.zero_grad(set_to_none=True)
         recent.append((logits.argmax(-1) == target).float().mean().item())
         if step % 1000 == 999:
+            print(f"language {step + 1}/{steps} loss {loss.item():.4f} tokens right {np.mean(recent[-1000:]):.4f}", flush=True)
             score_language(model, tokenizer)
-        if step % 100 == 99:
-            print(f"language {step + 1}/{steps} loss {loss.item():.4f} tokens right {np.mean(recent[-100:]):.4f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(out / "llm")
+            save_language(model, tokenizer, out)
+    save_language(model, tokenizer, out)
+
+
+def save_language(model, tokenizer, out):
     tokenizer.save_pretrained(out / "llm")
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out / "llm")
 
 
 @torch.no_grad()
@@ -235,11 +233,11 @@ def score_language(model, tokenizer, count=100):
                 continue
             if kind == "two":
                 question, answer = toy.ask_two(scene, other, rng)
-                head = [("Q: ", False), *head, ("\n", False), (scene_map(other), False)]
+                head = [("In: ", False), *head, ("\n", False), (scene_map(other), False)]
                 documents.append(head + [(f"\n{question}\nA: ", False), (answer, True)])
                 continue
             question, answer = ask(scene, rng) if kind in toy.ASK else ask(rng)
-            documents.append(head * (kind in toy.ASK) + [(f"Q: {question}\nA: ", False), (answer, True)])
+            documents.append(head * (kind in toy.ASK) + asked(question, answer))
         input_ids, labels = encode_documents(documents, tokenizer)
         guess = model(input_ids).logits[:, :-1].argmax(-1)                                   # (B, T - 1)
         right = ((guess == labels[:, 1:]) | (labels[:, 1:] == IGNORE)).all(1).float().mean().item()
@@ -251,13 +249,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
     parser.add_argument("--vision_steps", type=int, default=1500)
-    parser.add_argument("--language_steps", type=int, default=5000, help="0 writes a random model, to compare with")
-    parser.add_argument("--first_cycle", type=int, default=0, help="1 goes on from the llm that is there")
+    parser.add_argument("--language_steps", type=int, default=20000, help="0 writes a random model, to compare with")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.only != "llm":
         train_vision(args.vision_steps, args.out)
     if args.only != "vit":
-        for cycle in range(args.first_cycle, 2 if args.language_steps else 1):
-            train_language(args.language_steps, args.out, cycle)
+        train_language(args.language_steps, args.out)
