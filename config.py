@@ -36,7 +36,7 @@ class Config:
     train_json: str = knob("", "training examples: LLaVA JSON or JSON lines")
     image_dir: str = knob("", "folder that the pictures' paths start from")
     val_json: str = knob("", "held-out examples, scored when the run ends; empty = no score")
-    prepare: str = knob("", "Python script that makes the data; run once if train_json is missing")
+    prepare: str = knob("", "Python script that makes the preset's data; run once if train_json is missing")
     run_id: str = knob("", "name of the run folder; empty = <preset>-<stage>-x<seed>")
     run_root: str = knob("runs", "folder of all run folders")
     global_batch_size: int = knob(128, "examples per optimizer step, over all GPUs", "examples")
@@ -74,7 +74,7 @@ class Config:
         for name in ("global_batch_size", "per_device_batch_size", "epochs", "save_every", "keep", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay", "warmup_ratio"):
+        for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay", "warmup_ratio", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must not be negative")
         if not self.max_grad_norm > 0:
@@ -179,6 +179,7 @@ def config_defaults(argv):
     peek.add_argument("--stage", default="align")
     peek.add_argument("--preset")
     peek.add_argument("--ckpt", default="")
+    peek.add_argument("--train_json")
     known = peek.parse_known_args(argv)[0]
     inherited = {}
     if known.ckpt:
@@ -190,4 +191,5 @@ def config_defaults(argv):
     if inherited.get("preset", preset) != preset:
         raise UserError(f"--preset {preset}: the checkpoint {known.ckpt} was made with --preset {inherited['preset']}. "
                         "Leave the flag out: the model comes from the checkpoint")
-    return PRESETS[preset].get("", {}) | PRESETS[preset].get(known.stage, {}) | inherited
+    own_data = {"val_json": "", "prepare": ""} if known.train_json else {}      # the preset's belong to the preset's data
+    return PRESETS[preset].get("", {}) | PRESETS[preset].get(known.stage, {}) | own_data | inherited

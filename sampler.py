@@ -20,23 +20,29 @@ class SplitModalitySampler:
     has_image              (n,) bool
     global_batch_size      examples per optimizer step; must be a multiple of per_device_batch_size * world_size
     per_device_batch_size  examples per micro-batch
-    window                 examples are sorted by length over this many global batches; 0 = not sorted
+    window                 examples are sorted by length over this many global batches; 0 = like 1
 
     Every example comes at least once an epoch. Where a modality does not fill its last batch, examples of the same
     modality, from the start of its shuffled order, are seen again. `len()` is the number of micro-batches that the
     next iteration yields. The idea is from LLaVA and Prismatic (arXiv 2402.07865, section 3).
     """
 
-    def __init__(self, lengths, has_image, *, global_batch_size, per_device_batch_size, world_size, rank, seed, window=64):
+    def __init__(self, lengths, has_image, *, global_batch_size, per_device_batch_size, world_size, rank, seed,
+                 window=64):
+        for name, value, least in (("global_batch_size", global_batch_size, 1), ("world_size", world_size, 1),
+                                   ("per_device_batch_size", per_device_batch_size, 1), ("seed", seed, 0),
+                                   ("window", window, 0)):
+            if value < least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}")
         per_step = per_device_batch_size * world_size
         if global_batch_size % per_step:
             raise ValueError(f"global_batch_size {global_batch_size} is no multiple of per_device_batch_size "
                              f"{per_device_batch_size} x {world_size} ranks = {per_step}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size}")
+            raise ValueError(f"rank {rank} is none of 0 to {world_size - 1}")
         self.lengths = np.asarray(lengths)
         self.has_image = np.asarray(has_image, dtype=bool)
-        if len(self.lengths) == 0 or self.lengths.shape != self.has_image.shape:
+        if self.lengths.ndim != 1 or len(self.lengths) == 0 or self.lengths.shape != self.has_image.shape:
             raise ValueError(f"lengths {self.lengths.shape} and has_image {self.has_image.shape} must be two arrays "
                              "of the same length, at least 1")
         self.global_batch_size, self.per_device_batch_size = global_batch_size, per_device_batch_size
@@ -52,7 +58,7 @@ class SplitModalitySampler:
     def set_start(self, step):
         """Begin at this global batch of the epoch. Nothing is read to get there."""
         if not 0 <= step <= self.batches_per_epoch:
-            raise ValueError(f"start {step} of {self.batches_per_epoch} batches")
+            raise ValueError(f"start {step} is none of 0 to {self.batches_per_epoch}, the batches of an epoch")
         self.start = step
 
     def __len__(self):
@@ -71,7 +77,8 @@ class SplitModalitySampler:
         batches = np.concatenate(batches)                   # (batches, G)
         rng.shuffle(batches)
         # The longest batch comes first, so memory runs out in the first step or never.
-        longest = int(np.argmax(self.lengths[batches].max(axis=1)))
+        # Of equals (cut to one length, say) one with pictures: the vision backbone takes memory too.
+        longest = np.lexsort((self.has_image[batches[:, 0]], self.lengths[batches].max(axis=1)))[-1]
         batches[[0, longest]] = batches[[longest, 0]]
         return batches
 

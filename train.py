@@ -138,7 +138,7 @@ def main(cfg):
     dist.destroy_process_group()
     if stop.agreed and rank == 0:
         print(f"stopped by a signal after step {step} and saved; the same command continues")
-    return run if rank == 0 and not stop.agreed else None
+    return run if rank == 0 and not stop.agreed else None, ddp
 
 
 # -- one step --------------------------------------------------------------------------------------------------------
@@ -415,8 +415,12 @@ def end_with(error):
 
 if __name__ == "__main__":
     try:
-        finished = main(cfg)
+        finished, held = main(cfg)
         if finished:                                        # rank zero, after the process group is gone
             finish(cfg, finished)
     except Exception as e:
         end_with(e)
+    # At once, with DDP still held. Taking it down joins gloo's threads while holding Python's lock; when one of them still
+    # waits for that lock to let go of a tensor, the program never ends (seen in two of thirty runs on busy cores).
+    sys.stdout.flush()
+    os._exit(0)

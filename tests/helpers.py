@@ -2,62 +2,114 @@
 import functools
 import json
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast,
-                          SiglipVisionConfig, SiglipVisionModel)
+from transformers import (CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, SiglipVisionConfig,
+                          SiglipVisionModel)
 
-from data import Conversations, ImageTransform, Language
+from data import Conversations, ImageTransform
 
-# kind -> its special tokens as a model's tokenizer_config.json names them
+# kind -> its special tokens, as the models' own tokenizer_config.json name them
 KINDS = {"llama": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
          "qwen": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-         "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
-         "phi": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
-         "smollm": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",
-                    "unk_token": "<|endoftext|>"}}
+         "gpt2": {"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+         "phi": {"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+         "smollm": {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+                    "pad_token": "<|im_end|>"}}
 CHAT = ["<|im_start|>", "<|im_end|>"]
 CONTROL = {"llama": ["<unk>", "<s>", "</s>"], "gpt2": ["<|endoftext|>"], "phi": ["<|endoftext|>"],
            "qwen": ["<|endoftext|>", *CHAT], "smollm": ["<|endoftext|>", *CHAT]}
 TEXTS = ["In: What is it?\nOut: A cat.", "USER: What color is the cat? ASSISTANT: It is red and blue.",
-         "[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.\n<</SYS>>\n\nHow many? [/INST] Two.",
+         "[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.\n<</SYS>>\n\n"
+         "How many? [/INST] Two.",
          "Instruct: Name one.\nOutput: A dog.", "system\nYou are a helpful assistant.\nuser\nassistant\n"] * 3
+PATCHES = 4                                                 # of one picture, for `transform()` and tiny backbones
 
 
 @functools.cache
 def learned(byte_level):
-    """-> vocabulary (list) and merges of a byte-pair encoding of TEXTS, in GPT-2's bytes or Llama's characters."""
+    """Byte-pair encoding of TEXTS, in GPT-2's bytes or in Llama's characters -> words (list), merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = (pre_tokenizers.ByteLevel(add_prefix_space=False) if byte_level
                                else pre_tokenizers.Metaspace("▁"))
     alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else []
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
     vocabulary = tokenizer.get_vocab()
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     return sorted(vocabulary, key=vocabulary.get), merges
 
 
 def make_tokenizer(kind, add_bos=None, chat=False, **special):
-    """add_bos: put a BOS before each text, as Llama does and the others do not; None = as the kind does.
-    chat: give a kind without <|im_start|> and <|im_end|> these two. special: other special tokens than KINDS says."""
-    llama, names = kind == "llama", {**KINDS[kind], **special}
+    """add_bos: a BOS in front of each text; None = as the kind does it (only Llama does). chat: with <|im_start|>
+    and <|im_end|>, whatever the kind. special: other special tokens than those of KINDS."""
+    llama, special = kind == "llama", {**KINDS[kind], **special}
     control = CONTROL[kind] + [token for token in CHAT if chat and token not in CONTROL[kind]]
-    words, merges = learned(not llama)
+    words, merges = learned(byte_level=not llama)
     words = control + [f"<0x{byte:02X}>" for byte in range(256)] * llama + words
     vocabulary = {word: i for i, word in enumerate(words)}
-    if llama:                                               # what it can't spell, it writes in bytes
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if llama:                                               # characters; what it can't spell it writes in bytes
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True,
+                                         byte_fallback=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        # Llama's own decoder also drops the very first space; here it stays, so that a test sees every ▁.
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence(steps)
     else:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(control)
-    if kind == "phi":                                       # CodeGen's runs of spaces and tabs
-        tokenizer.add_tokens([AddedToken(" " * n, special=False) for n in range(2, 8)] + ["\t\t"])
-    add_bos = llama if add_bos is None else add_bos
-    if add_bos:
-        bos = names.setdefault("bos_token", "<|endoftext|>")
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    if kind == "phi":                                       # CodeGen has words for runs of spaces and tabs
+        tokenizer.add_tokens([AddedToken(space * n) for space in " \t" for n in range(2, 8)])
+    if llama if add_bos is None else add_bos:
+        bos = special.setdefault("bos_token", "<|endoftext|>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_vision(folder, kind="siglip", image_size=16, preprocessor=None, **config):
+    """A tiny random vision backbone and its preprocessor file; 2 x 2 patches, unless told otherwise -> folder."""
+    settings = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, patch_size=8,
+                    image_size=image_size) | config
+    torch.manual_seed(0)
+    model = (CLIPVisionModel(CLIPVisionConfig(**settings)) if kind == "clip"
+             else SiglipVisionModel(SiglipVisionConfig(**settings, vision_use_head=False)))
+    model.save_pretrained(folder)
+    return save_preprocessor(folder, preprocessor or square(image_size))
+
+
+def square(size, mean=(0.5,) * 3, std=(0.5,) * 3):
+    """What SigLIP's preprocessor file says."""
+    return {"size": {"height": size, "width": size}, "image_mean": list(mean), "image_std": list(std)}
+
+
+def save_preprocessor(folder, settings):
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def transform(resize="resize-naive", size=16, patch_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, resample=3):
+    return ImageTransform(size, patch_size, mean, std, resample, resize)
+
+
+def talk(*texts):
+    """human, gpt, human, gpt ..."""
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def dataset(folder, rows, language, transforms=None, max_length=512, name="d.json", **how):
+    (folder / name).write_text(json.dumps(rows))
+    return Conversations(folder / name, folder, language, transforms or [transform()], max_length, **how)
+
+
+def picture(path, color=(255, 0, 0), size=(12, 8)):
+    Image.new("RGB", size, color).save(path)
+
+
+def pixels(image):
+    """(H, W) or (H, W, 3) as nested lists."""
+    return np.asarray(image).tolist()

@@ -24,15 +24,19 @@ def world(tmp_path_factory):
     return folder
 
 
-def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
-    """One `torchrun train.py` on the small world. Returns (metrics, run folder, everything it printed)."""
+def train_command(world, root, *flags, ranks=1, stage="finetune"):
     file = "align.json" if stage == "align" else "finetune.json"
     start = ["--stage", stage] + (["--no_align"] if stage == "finetune" and "--ckpt" not in flags else [])
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / "train.py"), *start,
-               "--train_json", str(world / file), "--image_dir", str(world / "images"), "--val_json", "",
-               "--run_root", str(root), "--run_id", "r", "--global_batch_size", "8", "--per_device_batch_size", "4",
-               "--num_workers", "0", *flags]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
+            "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / "train.py"), *start,
+            "--train_json", str(world / file), "--image_dir", str(world / "images"), "--val_json", "",
+            "--run_root", str(root), "--run_id", "r", "--global_batch_size", "8", "--per_device_batch_size", "4",
+            "--num_workers", "0", *flags]
+
+
+def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
+    """One `torchrun train.py` on the small world. Returns (metrics, run folder, everything it printed)."""
+    command = train_command(world, root, *flags, ranks=ranks, stage=stage)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr

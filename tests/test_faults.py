@@ -1,0 +1,253 @@
+"""Whatever happens to a run, the same command continues it. Real torchrun, real signals, real files.
+
+`python -m pytest tests/test_faults.py --kills 200` kills 200 times instead of 3.
+"""
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from test_train import ROOT, assert_same_up_to_rounding, run_train, train_command, weights, world  # noqa: F401
+
+FLAGS = ("--max_steps", "16", "--save_every", "4", "--keep", "9")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world, tmp_path_factory):
+    """Two ranks, 16 steps (one epoch is 12), never interrupted."""
+    return run_train(world, tmp_path_factory.mktemp("undisturbed"), *FLAGS, ranks=2)
+
+
+def start(world, root, *flags, ranks=2, stage="finetune", **options):
+    return subprocess.Popen(train_command(world, root, *flags, ranks=ranks, stage=stage), cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def children(pid):
+    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in
+            (task / "children").read_text().split()]
+
+
+def family(pid):
+    """The process and all below it."""
+    return [pid] + [member for child in children(pid) for member in family(child)]
+
+
+def kill_all(process):
+    for pid in family(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:                          # ended by itself in between
+            continue
+    process.communicate()
+
+
+def wait_for_step(root, step, process):
+    file = Path(root) / "r" / "metrics.jsonl"
+    while not file.exists() or len(file.read_text().splitlines()) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def assert_same_run(root, undisturbed):
+    lines = [json.loads(line) for line in (Path(root) / "r" / "metrics.jsonl").read_text().splitlines()]
+    same = ("step", "epoch", "loss", "grad_norm", "lr", "tokens", "positions", "modality")
+    assert [[line[key] for key in same] for line in lines] == [[line[key] for key in same] for line in undisturbed[0]]
+    want, got = weights(undisturbed[1]), weights(Path(root) / "r")
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(world, undisturbed, tmp_path, request):
+    """Also in the first seconds, while a checkpoint is written and between epochs: a moment is any moment."""
+    rng, kills, rounds = random.Random(0), request.config.getoption("--kills"), 0
+    process, done = start(world, tmp_path, *FLAGS), False
+    for _ in range(kills):
+        # Half of the kills come while the run is training or saving, the others at any time since the start.
+        if rng.random() < 0.5:
+            wait_or_end(tmp_path, process)
+            time.sleep(rng.uniform(0, 1.5))
+        else:
+            time.sleep(rng.uniform(0, 8))
+        if process.poll() is not None:                      # finished: begin again, there are kills left
+            assert process.communicate() and process.returncode == 0
+            assert_same_run(tmp_path, undisturbed)
+            shutil.rmtree(tmp_path / "r")
+            rounds += 1
+        else:
+            kill_all(process)
+        process = start(world, tmp_path, *FLAGS)
+    printed = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, printed
+    assert_same_run(tmp_path, undisturbed)
+    assert not list((tmp_path / "r").glob("part-*")) or rounds == 0
+
+
+def wait_or_end(root, process):
+    """Until this start has made a step."""
+    file = Path(root) / "r" / "metrics.jsonl"
+    began = time.time()
+    while process.poll() is None and not (file.exists() and file.stat().st_mtime > began):
+        time.sleep(0.01)
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all_with_success(world, undisturbed, tmp_path):
+    process = start(world, tmp_path, *FLAGS)
+    wait_for_step(tmp_path, 2, process)
+    began = time.time()
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by a signal after step" in printed, printed
+    assert time.time() - began < 20
+    run_train(world, tmp_path, *FLAGS, ranks=2)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_dead_rank_ends_the_others_and_max_restarts_goes_on_by_itself(world, undisturbed, tmp_path):
+    command = train_command(world, tmp_path, *FLAGS, "--overwrite", ranks=2)
+    command.insert(command.index("--master_port=0"), "--max_restarts=1")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for_step(tmp_path, 6, process)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[1], tmp_path / "r")
+    for step, name in ((16, "optimizer.safetensors"), (12, "state.json")):
+        file = tmp_path / "r" / f"step-{step:08d}" / name
+        file.write_bytes(file.read_bytes()[:-10])
+    _, run, printed = run_train(world, tmp_path, *FLAGS, ranks=2)
+    assert f"{run}/step-00000016 is damaged and left aside (optimizer.safetensors" in printed
+    assert f"{run}/step-00000012 is damaged and left aside (state.json" in printed
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_another_layout_continues_it_up_to_rounding(world, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[1], tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "step-00000016")
+    shutil.rmtree(tmp_path / "r" / "step-00000012")
+    metrics, run, _ = run_train(world, tmp_path, *FLAGS, "--per_device_batch_size", "2", "--num_workers", "1")
+    for got, want in zip(metrics, undisturbed[0], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4) and got["tokens"] == want["tokens"]
+    assert_same_up_to_rounding(weights(run), weights(undisturbed[1]))
+
+
+def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(world, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[1], tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "step-00000016")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))   # no file larger than 1 MB
+    process = start(world, tmp_path, *FLAGS, preexec_fn=limit)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "the checkpoint of step 16 can't be written" in printed, printed
+    assert "Older ones are intact" in printed and not list((tmp_path / "r").glob("part-*"))
+    run_train(world, tmp_path, *FLAGS, ranks=2)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_bad_example_found_late_saves_first_and_can_be_mended(world, undisturbed, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(world / "images", images)
+    flags = (*FLAGS, "--image_dir", str(images))
+    process = start(world, tmp_path, *flags)
+    wait_for_step(tmp_path, 1, process)
+    names = {name for row in json.loads((world / "finetune.json").read_text()) if "image" in row
+             for name in ([row["image"]] if isinstance(row["image"], str) else row["image"])}
+    for name in names:
+        (images / name).write_bytes(b"no picture")
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "can't be read" in printed and "finetune.json[" in printed, printed
+    assert "Original Traceback" not in printed
+    assert list((tmp_path / "r").glob("step-*")), "nothing was saved"
+    for name in names:
+        shutil.copy(world / "images" / name, images / name)
+    run_train(world, tmp_path, *flags, ranks=2)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_skip_bad_examples_replaces_and_counts_them(world, tmp_path):
+    rows = json.loads((world / "finetune.json").read_text())
+    bad = [row for row in rows if isinstance(row.get("image"), str)][:3]
+    bad[0]["image"], bad[1]["image"], bad[2]["conversations"] = "nowhere.png", "../outside.png", []
+    (world / "three_bad.json").write_text(json.dumps(rows))
+    flags = ("--train_json", str(world / "three_bad.json"), "--max_steps", "12", "--num_workers", "1")
+    metrics, _, _ = run_train(world, tmp_path, *flags, "--skip_bad_examples")
+    assert 3 <= sum(line["replaced"] for line in metrics) <= 6      # some come twice, where a last batch is filled up
+    printed = run_train(world, tmp_path / "strict", *flags, ok=False)[2]
+    assert f"id='{bad[2]['id']}': 'conversations' must be a list" in printed
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path):
+    _, run, printed = run_train(world, tmp_path, "--max_steps", "9", "--learning_rate", "1e30", "--warmup_ratio", "0",
+                                "--save_every", "1", "--keep", "9", ok=False)
+    assert "step 2: loss" in printed and "The update was not made" in printed and "had the examples" in printed, printed
+    assert [folder.name for folder in run.glob("step-*")] == ["step-00000001"]
+
+
+def test_a_killed_data_worker_is_named(world, tmp_path):
+    process = start(world, tmp_path, "--max_steps", "500", "--num_workers", "1", ranks=1)
+    wait_for_step(tmp_path, 2, process)
+    rank = children(process.pid)[0]
+    worker = next(pid for pid in children(rank) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    began = time.time()
+    os.kill(worker, signal.SIGKILL)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "a process that reads data was killed" in printed, printed
+    assert time.time() - began < 30 and "Traceback (most recent call last)" not in printed
+
+
+def test_two_machines_are_two_agents_that_find_each_other(world, undisturbed, tmp_path):
+    port = random.Random(os.getpid()).randint(20000, 40000)
+    agents = []
+    for _ in range(2):
+        command = train_command(world, tmp_path, *FLAGS, ranks=1)
+        command[command.index("--rdzv_endpoint=localhost:0")] = f"--rdzv_endpoint=localhost:{port}"
+        command.insert(command.index("--master_port=0"), "--nnodes=2")
+        agents.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    printed = [agent.communicate(timeout=150)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_keep_removes_the_oldest_but_not_the_ends_of_epochs(world, tmp_path):
+    metrics, run, _ = run_train(world, tmp_path, "--epochs", "2", "--save_every", "5", "--keep", "1", "--keep_epochs",
+                                stage="align")
+    ends = len(metrics) // 2
+    assert sorted(int(folder.name[5:]) for folder in run.glob("step-*")) == sorted({ends, len(metrics) // 5 * 5, 2 * ends})
+
+
+def test_a_run_folder_that_cant_be_written_is_an_error(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    printed = run_train(world, tmp_path / "file", "--max_steps", "1", ok=False)[2]
+    assert "can't be written" in printed and "Traceback" not in printed
+
+
+def memory(pid):
+    """Bytes of the process and all below it; what they share is counted once (PSS)."""
+    total = 0
+    for member in family(pid):
+        for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
+            total += int(line.split()[1]) * 1024 if line.startswith("Pss:") else 0
+    return total
+
+
+def test_memory_stays_flat_over_epochs(world, tmp_path):
+    process = start(world, tmp_path, "--epochs", "20", "--num_workers", "1", "--save_every", "1000", stage="align", ranks=1)
+    steps = 20 * 8
+    wait_for_step(tmp_path, steps // 4, process)
+    early = memory(process.pid)
+    wait_for_step(tmp_path, steps - 10, process)
+    late = memory(process.pid)
+    kill_all(process)
+    assert late < early * 1.05, f"{early / 1e6:.0f} MB, then {late / 1e6:.0f} MB"
