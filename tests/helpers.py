@@ -2,7 +2,6 @@
 import functools
 import json
 
-import numpy as np
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -25,7 +24,7 @@ TEXTS = ["In: What is it?\nOut: A cat.", "USER: What color is the cat? ASSISTANT
          "[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.\n<</SYS>>\n\n"
          "How many? [/INST] Two.",
          "Instruct: Name one.\nOutput: A dog.", "system\nYou are a helpful assistant.\nuser\nassistant\n"] * 3
-PATCHES = 4                                                 # of one picture, for `transform()` and tiny backbones
+PATCHES = 4                                                 # of one picture, here
 
 
 @functools.cache
@@ -43,14 +42,14 @@ def learned(byte_level):
 
 
 def make_tokenizer(kind, add_bos=None, chat=False, **special):
-    """add_bos: a BOS in front of each text; None = as the kind does it (only Llama does). chat: with <|im_start|>
-    and <|im_end|>, whatever the kind. special: other special tokens than those of KINDS."""
+    """add_bos: a BOS in front of each text; None = as the kind does it (only Llama does).
+    chat: with <|im_start|> and <|im_end|>, whatever the kind. special: instead of those in KINDS."""
     llama, special = kind == "llama", {**KINDS[kind], **special}
     control = CONTROL[kind] + [token for token in CHAT if chat and token not in CONTROL[kind]]
     words, merges = learned(byte_level=not llama)
     words = control + [f"<0x{byte:02X}>" for byte in range(256)] * llama + words
     vocabulary = {word: i for i, word in enumerate(words)}
-    if llama:                                               # characters; what it can't spell it writes in bytes
+    if llama:                                               # what it can't spell, it writes in bytes
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True,
                                          byte_fallback=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
@@ -72,9 +71,9 @@ def make_tokenizer(kind, add_bos=None, chat=False, **special):
 
 
 def save_vision(folder, kind="siglip", image_size=16, preprocessor=None, **config):
-    """A tiny random vision backbone and its preprocessor file; 2 x 2 patches, unless told otherwise -> folder."""
-    settings = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, patch_size=8,
-                    image_size=image_size) | config
+    """A tiny random vision backbone with its preprocessor file; by default 2 x 2 patches -> folder."""
+    settings = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+                    patch_size=8, image_size=image_size) | config
     torch.manual_seed(0)
     model = (CLIPVisionModel(CLIPVisionConfig(**settings)) if kind == "clip"
              else SiglipVisionModel(SiglipVisionConfig(**settings, vision_use_head=False)))
@@ -108,8 +107,3 @@ def dataset(folder, rows, language, transforms=None, max_length=512, name="d.jso
 
 def picture(path, color=(255, 0, 0), size=(12, 8)):
     Image.new("RGB", size, color).save(path)
-
-
-def pixels(image):
-    """(H, W) or (H, W, 3) as nested lists."""
-    return np.asarray(image).tolist()

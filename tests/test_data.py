@@ -5,22 +5,24 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import (KINDS, PATCHES, dataset, make_tokenizer, picture, save_preprocessor, save_vision, square, talk,
-                     transform)
+from helpers import (KINDS, PATCHES, dataset, make_tokenizer, picture, save_preprocessor, save_vision, square,
+                     talk, transform)
 from PIL import Image
 from transformers import CLIPConfig
 
 import data
-from data import (IGNORE, IMAGE, PROMPTS, BadExample, Conversations, Language, check_supervised, collate, known_prompt,
-                  load_image_transforms, load_language, show)
+from data import (IGNORE, IMAGE, PROMPTS, BadExample, Conversations, Language, check_supervised, collate,
+                  known_prompt, load_image_transforms, load_language, show)
 from generate import Assistant
 
 ROWS = [{"conversations": talk("What is it?", "A cat.")},
         {"image": "a.png", "conversations": talk("<image>\nWhat is it?", "A cat.")},
         {"image": "a.png", "conversations": talk("What is it?\n<image>", "A cat.")},
         {"image": ["a.png", "b.png"], "conversations": talk("<image>\n<image>\nWhat is it?", "A cat.")},
-        {"image": ["a.png", "b.png"], "conversations": talk("Is <image> like <image>?", "A cat.", "How many?", "Two.")},
-        {"image": "a.png", "conversations": talk("<image>\nWhat is it?", "A cat.", "  How many?\n", " Two. ")},
+        {"image": ["a.png", "b.png"],
+         "conversations": talk("Is <image> like <image>?", "A cat.", "How many?", "Two.")},
+        {"image": "a.png",
+         "conversations": talk("<image>\nWhat is it?", "A cat.", "  How many?\n", " Two. ")},
         {"conversations": talk("\tdef f():\n    pass", "naïve 猫 🐈", "▁ [INST] USER: In:", "1  2\n\n3")}]
 every_prompt = pytest.mark.parametrize("prompt", PROMPTS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -43,7 +45,7 @@ def supervised(input_ids, labels):
     return runs
 
 
-# -- one prompt: training and inference ------------------------------------------------------------------------
+# -- one prompt: training and inference ----------------------------------------------------------------------
 
 @every_prompt
 @every_kind
@@ -89,14 +91,14 @@ def test_a_space_left_on_the_prompt_would_be_caught(kind, tmp_path):
     lang = language(kind)
     whole = lang.ids(["In: What is it?\nOut: A cat." + lang.prompt.end])[0]
     assert dataset(tmp_path, ROWS, lang).tokens(ROWS[0])[0] == whole
-    broken = lang.ids(["In: What is it?\nOut: "])[0]        # what a prompt built apart from training easily reads
+    broken = lang.ids(["In: What is it?\nOut: "])[0]        # read by a prompt that is built apart
     assert whole[:len(broken)] != broken
 
 
-# -- the text of each format, as the model cards write it ------------------------------------------------------
+# -- the text of each format, as the model cards write it ----------------------------------------------------
 
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions. ")
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
 LLAMA2 = "[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.\n<</SYS>>\n\n"
 CHATML = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 RENDERED = {
@@ -134,7 +136,8 @@ def test_a_format_renders_as_its_model_card_says_with_a_llama_tokenizer(prompt, 
 
 @every_kind
 def test_a_format_is_known_from_the_tokens(kind):
-    assert known_prompt("some/model", make_tokenizer(kind)) == ("chatml" if kind in ("qwen", "smollm") else "plain")
+    want = "chatml" if kind in ("qwen", "smollm") else "plain"
+    assert known_prompt("some/model", make_tokenizer(kind)) == want
 
 
 @pytest.mark.parametrize("template,prompt", [
@@ -163,7 +166,7 @@ def test_a_tokenizer_folder_gives_the_same_ids(kind, tmp_path):
     assert got.ids(["A cat.</s>\n", "  naïve 🐈"]) == want.ids(["A cat.</s>\n", "  naïve 🐈"])
 
 
-# -- what is learned -------------------------------------------------------------------------------------------
+# -- what is learned -----------------------------------------------------------------------------------------
 
 @every_prompt
 @every_kind
@@ -202,7 +205,7 @@ def test_align_drops_the_human_turn(kind, tmp_path):
     assert labels == [IGNORE] * (len(lang.bos) + PATCHES) + caption
 
 
-# -- where the pictures stand ----------------------------------------------------------------------------------
+# -- where the pictures stand --------------------------------------------------------------------------------
 
 def places(input_ids):
     return [i for i, token in enumerate(input_ids) if token == IMAGE]
@@ -240,7 +243,7 @@ def test_pictures_come_in_the_order_of_their_names(tmp_path):
     assert colors == [1, 0, 2, 0, 2]
 
 
-# -- a batch ---------------------------------------------------------------------------------------------------
+# -- a batch -------------------------------------------------------------------------------------------------
 
 def test_a_batch_has_the_promised_shapes_and_is_padded_on_the_right(tmp_path):
     picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
@@ -276,7 +279,7 @@ def test_a_bad_example_comes_in_place_of_its_batch(tmp_path):
     assert isinstance(examples[1], BadExample) and collate(examples) is examples[1]     # there is no a.png
 
 
-# -- lengths ---------------------------------------------------------------------------------------------------
+# -- lengths -------------------------------------------------------------------------------------------------
 
 def real_lengths(dataset):
     return [len(dataset.tokens(dataset.row(i))[0]) for i in range(len(dataset))]
@@ -327,16 +330,17 @@ def test_lengths_are_counted_once_and_kept(tmp_path, no_counting):
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-OTHER_TEXT = [ROWS[0] | {"conversations": talk("What is it?", "A  cat")}, *ROWS[1:4]]   # as many bytes as before
+OTHER_TEXT = [{"conversations": talk("What is it?", "A  cat")}, *ROWS[1:4]]     # as many bytes as before
 
 
 @pytest.mark.parametrize("change", [
-    {"rows": OTHER_TEXT}, {"rows": ROWS[3::-1]}, {"lang": language("llama")}, {"lang": language(add_bos=True)},
-    {"lang": language(prompt="vicuna")}, {"max_length": 25}, {"transforms": [transform(size=8)]},
-    {"caption_only": True}],
+    {"rows": OTHER_TEXT}, {"rows": ROWS[3::-1]}, {"lang": language("phi")},
+    {"lang": language(add_bos=True)}, {"lang": language(prompt="vicuna")}, {"max_length": 25},
+    {"transforms": [transform(size=8)]}, {"caption_only": True}],
     ids=["text", "order", "tokenizer", "bos", "prompt", "max_length", "patches", "stage"])
 def test_kept_lengths_are_never_stale(change, tmp_path):
-    base = {"rows": ROWS[1:3] if "caption_only" in change else ROWS[:4], "lang": language(), "max_length": 512}
+    rows = ROWS[1:3] if "caption_only" in change else ROWS[:4]
+    base = {"rows": rows, "lang": language(), "max_length": 512}
 
     def make(rows, lang, **how):
         return dataset(tmp_path, rows, lang, **how)
@@ -375,7 +379,7 @@ def test_in_a_read_only_folder_lengths_are_counted_each_time(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["d.json"]
 
 
-# -- pictures --------------------------------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------------------
 
 def red(resize, image, size, mean=(0.5,) * 3):
     """The red channel of what the backbone gets, back in 0..255."""
@@ -423,8 +427,9 @@ PREPROCESSORS = {                                           # as the models' fil
              "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
     "clip, older file": {"crop_size": 16, "do_center_crop": True, "size": 16, "resample": 3,
                          "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
-    "dinov2": {"crop_size": {"height": 16, "width": 16}, "do_center_crop": True, "size": {"shortest_edge": 18},
-               "resample": 2, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    "dinov2": {"crop_size": {"height": 16, "width": 16}, "do_center_crop": True,
+               "size": {"shortest_edge": 18}, "resample": 2,
+               "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
     "no crop": {"size": {"shortest_edge": 16}, "do_center_crop": False, "image_mean": [0.1] * 3,
                 "image_std": [0.2] * 3}}
 
@@ -432,7 +437,8 @@ PREPROCESSORS = {                                           # as the models' fil
 @pytest.mark.parametrize("name", PREPROCESSORS)
 def test_size_mean_and_std_come_from_the_preprocessor_file(name, tmp_path):
     settings = PREPROCESSORS[name]
-    got, = load_image_transforms(save_vision(tmp_path, name.split(",")[0], preprocessor=settings), "letterbox")
+    folder = save_vision(tmp_path, name.split(",")[0], preprocessor=settings)
+    got, = load_image_transforms(folder, "letterbox")
     assert (got.size, got.patches, got.resize) == (16, 4, "letterbox")
     assert got.resample == settings.get("resample", 3)
     for tensor, key in ((got.mean, "image_mean"), (got.std, "image_std")):
@@ -448,10 +454,11 @@ def test_a_whole_clip_folder_serves_as_a_vision_backbone(tmp_path):
 def test_two_backbones_may_have_different_sizes_but_the_same_patches(tmp_path):
     one = save_vision(tmp_path / "a")
     two = save_vision(tmp_path / "b", "clip", image_size=32, patch_size=16)
-    assert [(t.size, t.patches) for t in load_image_transforms(f"{one},{two}", "letterbox")] == [(16, 4), (32, 4)]
+    got = load_image_transforms(f"{one},{two}", "letterbox")
+    assert [(t.size, t.patches) for t in got] == [(16, 4), (32, 4)]
 
 
-# -- files -----------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 def as_lines(rows, end="\n", **how):
     return "".join(json.dumps(row, **how) + end for row in rows)
