@@ -75,7 +75,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
         for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay", "warmup_ratio", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:                # this way round, nan is refused too
                 raise UserError(f"--{name} is {getattr(self, name)}, but must not be negative")
         if not self.max_grad_norm > 0:
             raise UserError(f"--max_grad_norm is {self.max_grad_norm}, but must be positive (1e9 = no clipping)")
@@ -136,12 +136,14 @@ def run_config_file(ckpt):
 
 
 def read_config(ckpt):
-    """The Config that a run was trained with."""
+    """The Config that a run was trained with. A flag that is younger than the run gets its default."""
+    file = run_config_file(ckpt)
     try:
-        saved = json.loads(run_config_file(ckpt).read_text())
-        return Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
-    except (json.JSONDecodeError, TypeError) as e:
-        raise UserError(f"{run_config_file(ckpt)} can't be read: {e}") from e
+        saved = json.loads(file.read_text())
+        saved = {f.name: saved[f.name] for f in fields(Config) if f.name in saved or f.name in MODEL_FIELDS}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{file} can't be read ({type(e).__name__}: {e}). Give a folder that train.py wrote") from e
+    return Config(**saved)
 
 
 def make_parser(cls, description=None):
@@ -183,8 +185,8 @@ def config_defaults(argv):
     known = peek.parse_known_args(argv)[0]
     inherited = {}
     if known.ckpt:
-        saved = json.loads(run_config_file(known.ckpt).read_text())
-        inherited = {name: saved[name] for name in MODEL_FIELDS}
+        saved = read_config(known.ckpt)
+        inherited = {name: getattr(saved, name) for name in MODEL_FIELDS}
     preset = known.preset or inherited.get("preset", "toy")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: there is none of this name. Choose from {', '.join(PRESETS)}")

@@ -114,9 +114,11 @@ def load_language(name, prompt="auto"):
     """Folder or hub id of a language model -> Language."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if not tokenizer("a")["input_ids"]:                 # transformers makes one up where the files are missing
+            raise ValueError("it knows no word; are its files missing?")
     except Exception as e:                                  # transformers raises many kinds here; each means the same
         raise UserError(f"--llm_backbone {name}: no tokenizer can be loaded from it "
-                        f"({type(e).__name__}: {str(e).splitlines()[0]})") from e
+                        f"({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
     return Language(tokenizer, known_prompt(name, tokenizer) if prompt == "auto" else prompt)
 
 
@@ -152,7 +154,7 @@ def to_pieces(example, language, caption_only=False, ask=False):
     for i, turn in enumerate(turns):
         value = turn["value"].strip()
         if turn["from"] == "gpt":
-            pieces.append(Piece(gap + value + prompt.end, True))
+            pieces.append(Piece((gap + value if value else "") + prompt.end, True))
             continue
         opening = prompt.first if i == 0 else prompt.user
         if len(images) == 1:
@@ -181,6 +183,9 @@ def turns_of(example):
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadExample(f"turn {i} must have a text under 'value', found {str(turn)[:60]!r}")
+        half = re.search("[\ud800-\udfff]", turn["value"])
+        if half:                                            # JSON can write half of a pair; tokenizers and files can't
+            raise BadExample(f"turn {i} holds {half[0]!r}, half a character, perhaps of a cut emoji. Remove it")
         expected = ("human", "gpt")[i % 2]
         if turn.get("from") != expected:
             raise BadExample(f"turn {i} must be from {expected!r}, found {turn.get('from')!r}: "
@@ -194,8 +199,11 @@ def turns_of(example):
     return turns
 
 
-def assemble(pieces, piece_ids, bos, patches, max_length):
-    """Pieces and the ids of their texts -> input_ids (T,), labels (T,), as lists. Labels travel with their piece."""
+def assemble(pieces, piece_ids, bos, patches, max_length, ask=False):
+    """Pieces and the ids of their texts -> input_ids (T,), labels (T,), as lists. Labels travel with their piece.
+
+    ask: nothing is cut, because behind the cut the model would go on with the question instead of answering it.
+    """
     input_ids, labels = list(bos), [IGNORE] * len(bos)
     ids = iter(piece_ids)
     for piece in pieces:
@@ -205,14 +213,19 @@ def assemble(pieces, piece_ids, bos, patches, max_length):
     if IMAGE in input_ids[max_length:]:
         raise BadExample(f"it takes {len(input_ids)} positions, and cutting it to --max_length {max_length} would cut "
                          f"a picture ({patches} positions each). Raise --max_length or drop the example")
+    if ask and len(input_ids) > max_length:
+        raise BadExample(f"the question takes {len(input_ids)} positions, --max_length is {max_length}. Shorten it")
+    if not ask:
+        check_supervised(labels[:max_length], len(input_ids), max_length)
     return input_ids[:max_length], labels[:max_length]
 
 
 def check_supervised(labels, length, max_length):
     # The first label is nobody's target: position t predicts t + 1.
     if all(label == IGNORE for label in labels[1:]):
-        cut = f"after cutting {length} positions to --max_length {max_length}" if length > max_length else "in it"
-        raise BadExample(f"no token to learn is left {cut}. Raise --max_length, or drop the example")
+        raise BadExample(f"no token to learn is left after cutting {length} positions to --max_length {max_length}. "
+                         "Raise --max_length, or drop the example" if length > max_length else
+                         "there is no token to learn in it. Add a reply, or drop the example")
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -249,15 +262,15 @@ def load_image_transforms(names, resize):
         try:
             settings, _ = BaseImageProcessor.get_image_processor_dict(name)
             config = AutoConfig.from_pretrained(name)
-        except Exception as e:
+            config = getattr(config, "vision_config", config)
+            size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+            if isinstance(size, dict):
+                size = size.get("height") or size["shortest_edge"]
+            transforms.append(ImageTransform(size, config.patch_size, settings["image_mean"], settings["image_std"],
+                                             settings.get("resample", 3), resize))
+        except Exception as e:                              # also what is missing in them: KeyError 'image_mean'
             raise UserError(f"--vision_backbone {name}: config.json and preprocessor_config.json can't be loaded from "
-                            f"it ({type(e).__name__}: {str(e).splitlines()[0]})") from e
-        config = getattr(config, "vision_config", config)
-        size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
-        if isinstance(size, dict):
-            size = size.get("height") or size["shortest_edge"]
-        transforms.append(ImageTransform(size, config.patch_size, settings["image_mean"], settings["image_std"],
-                                         settings.get("resample", 3), resize))
+                            f"it ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
     if len({transform.patches for transform in transforms}) > 1:
         found = " and ".join(f"{name} makes {t.patches}" for name, t in zip(names.split(","), transforms))
         raise UserError(f"--vision_backbone: joined backbones must make the same number of patches, but {found}. "
@@ -281,7 +294,7 @@ def read_image(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise BadExample(f"picture {path} does not exist. Paths are relative to --image_dir") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:                                  # decoders raise many kinds here; each means the same
         raise BadExample(f"picture {path} can't be read ({type(e).__name__}: {e}). Replace it or drop the example") from e
 
 
@@ -313,8 +326,8 @@ def find_rows(path):
     while (at := SPACE.match(text, at).end()) < len(text) and not (is_list and text[at] == "]"):
         try:
             row, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as e:
-            raise wrong(e.pos, f"this is no JSON ({e.msg})") from e
+        except (ValueError, RecursionError) as e:           # a number of 5000 digits, brackets without end: no position
+            raise wrong(getattr(e, "pos", at), f"this is no JSON ({getattr(e, 'msg', e)})") from e
         if not isinstance(row, dict):
             raise wrong(at, f"example {len(places)} must be an object with 'conversations', found {str(row)[:60]!r}")
         places.append((at, end))
@@ -324,6 +337,8 @@ def find_rows(path):
         at += is_list and text[at] == ","
     if is_list and at == len(text):
         raise wrong(at, "the list does not end; the file was cut off")
+    if is_list and (at := SPACE.match(text, at + 1).end()) < len(text):
+        raise wrong(at, "there is more behind the end of the list")
     if not places:
         raise UserError(f"{path} holds no example")
     return np.array(places, np.int64)
@@ -369,14 +384,15 @@ class Conversations(torch.utils.data.Dataset):
     def tokens(self, row):
         pieces = to_pieces(row, self.language, self.caption_only, self.ask)
         ids = self.language.ids([piece.text for piece in pieces if piece.text])
-        input_ids, labels = assemble(pieces, ids, self.language.bos, self.transforms[0].patches, self.max_length)
-        if not self.ask:
-            check_supervised(labels, len(input_ids), self.max_length)
-        return input_ids, labels
+        return assemble(pieces, ids, self.language.bos, self.transforms[0].patches, self.max_length, self.ask)
 
     def image_path(self, name):
         path = self.image_dir / name
-        if not path.resolve().is_relative_to(self.image_dir.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.image_dir.resolve())
+        except (OSError, ValueError, RuntimeError) as e:    # a link to itself, a zero byte, half a character
+            raise BadExample(f"picture {name!r} can't be read ({type(e).__name__}: {e}). Correct its name") from e
+        if not inside:
             raise BadExample(f"picture {name} lies outside of --image_dir {self.image_dir}; such paths are refused")
         return path
 
@@ -451,18 +467,15 @@ class Conversations(torch.utils.data.Dataset):
         return []
 
     def _length(self, pieces, texts):
-        input_ids, labels = assemble(pieces, texts, self.language.bos, self.transforms[0].patches, self.max_length)
-        check_supervised(labels, len(input_ids), self.max_length)
-        return len(input_ids)
+        return len(assemble(pieces, texts, self.language.bos, self.transforms[0].patches, self.max_length)[0])
 
     def _cache_file(self):
         with open(self.path, "rb") as file:
             h = hashlib.file_digest(file, "sha256")
         tokenizer = self.language.tokenizer
         rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-        for part in (rules, self.language.prompt, self.language.bos, self.transforms[0].patches, self.max_length,
-                     self.caption_only):
-            h.update(repr(part).encode())
+        h.update(repr((rules, self.language.prompt, self.language.bos, self.transforms[0].patches, self.max_length,
+                       self.caption_only)).encode())
         return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
 
     def _read_cache(self):
@@ -525,8 +538,8 @@ class CheckConfig:
     preset: str = knob("toy", "takes the backbones from this preset")
     vision_backbone: str = knob("", "folder or hub id; empty = the preset's")
     llm_backbone: str = knob("", "folder or hub id; empty = the preset's")
-    image_resize: str = knob("resize-naive", "as in train.py")
-    prompt: str = knob("auto", "as in train.py")
+    image_resize: Config.__annotations__["image_resize"] = knob("resize-naive", "as in train.py")
+    prompt: Config.__annotations__["prompt"] = knob("auto", "as in train.py")
     max_length: int = knob(2048, "as in train.py")
     show_errors: int = knob(20, "errors to print; all are counted")
 

@@ -32,7 +32,7 @@ class EvaluateConfig:
 if __name__ == "__main__":
     cfg = parse(EvaluateConfig, description="Score a trained model's greedy answers by exact match.")
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from data import BadExample, images_of, read_image
@@ -105,7 +105,7 @@ def contact_sheet(results, data, path, columns=6, rows=4, size=160, blank_images
         for k, name in enumerate(names):
             picture = read_image(data.image_path(name))
             picture = Image.new("RGB", picture.size) if blank_images else picture
-            picture.thumbnail((size // len(names) - 2, size))
+            picture = ImageOps.contain(picture, (size // len(names) - 2, size))
             sheet.paste(picture, (x + k * size // len(names), y))
         color = "darkgreen" if result["right"] else "firebrick"
         text = result["question"].replace("<image>", "").strip() + "\n" + result["answer"]

@@ -59,7 +59,8 @@ class Assistant:
                "conversations": [{"from": "human", "value": (TAG + "\n") * (len(images) - question.count(TAG)) + question}]}
         pieces = to_pieces(row, self.language, self.caption_only, ask=True)
         ids = self.language.ids([piece.text for piece in pieces if piece.text])
-        input_ids, _ = assemble(pieces, ids, self.language.bos, self.transforms[0].patches, self.cfg.max_length)
+        input_ids, _ = assemble(pieces, ids, self.language.bos, self.transforms[0].patches, self.cfg.max_length,
+                                ask=True)
         return {"input_ids": torch.tensor(input_ids),
                 "images": [[transform(image) for transform in self.transforms] for image in images]}
 

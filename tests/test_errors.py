@@ -114,7 +114,7 @@ def images(tmp_path):
 
 
 def read_bad(images, example, said, **how):
-    """The example stands at place 1 of a file, behind a good one. Its error says so and can be printed."""
+    """The example stands at place 1 of a file, behind a good one. Its error names it and can be printed."""
     good = {"image": "a.png", "conversations": ONE}
     data = dataset(images, [good, {"id": "x7", **example}], language(), name="my.json", **how)
     assert not isinstance(data[0], BadExample)

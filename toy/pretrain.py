@@ -114,22 +114,26 @@ def asked(question, answer):
     return [(f"In: {question}\nOut:", False), (f" {answer}", True)]
 
 
-def document(rng):
+# What a text is about: caption, caption on request, questions on one map, questions on two maps, no map.
+MIX = ((0.20, 0.05, 0.35, 0.15, 0.25), (0.08, 0.04, 0.33, 0.27, 0.28))   # of each round: the second has more of what is hard
+
+
+def document(rng, turn=0):
     """A text as pieces (text, learn it?): maps and questions are read, captions and answers are learned."""
-    kind, scene = rng.random(), toy.random_scene(rng)
-    if kind < 0.20:
+    kind, scene = rng.choices(range(5), weights=MIX[turn])[0], toy.random_scene(rng)
+    if kind == 0:
         return [(scene_map(scene), False), (toy.caption(scene), True)]
-    if kind < 0.25:
+    if kind == 1:
         return [(scene_map(scene), False), *asked("Describe the picture.", toy.caption(scene))]
-    if kind < 0.60:
-        turns = [asked(*ask(scene, rng)) for ask in rng.sample(list(toy.ASK.values()), len(toy.ASK))]
-        return [(scene_map(scene), False), *(piece for turn in turns for piece in turn)]
-    if kind < 0.75:
+    if kind == 2:
+        asks = rng.sample(list(toy.ASK.values()), len(toy.ASK)) + [toy.ask_count, toy.ask_comparison] * turn
+        return [(scene_map(scene), False), *(piece for ask in asks for piece in asked(*ask(scene, rng)))]
+    if kind == 3:
         other = toy.random_scene(rng)
-        question, answer = toy.ask_two(scene, other, rng)
+        first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range(1 + 3 * turn)]
         return [("In: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
-                (f"\n{question}\nOut:", False), (f" {answer}", True)]
-    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, 2), k=3)
+                ("\n" + first[0][0].removeprefix("In: "), False), first[1], *(piece for pair in more for piece in pair)]
+    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, 2 + 4 * turn), k=3)
     return [piece for ask in asks for piece in asked(*ask(rng))]
 
 
@@ -172,28 +176,29 @@ def encode_documents(documents, tokenizer):
     return pad(rows, batch_first=True), pad(targets, batch_first=True, padding_value=IGNORE)
 
 
-def batches(rng, tokenizer, batch, pool=8):
+def batches(rng, tokenizer, turn, batch, pool=8):
     """Documents without end, those of like length together: a batch is as long as its longest."""
     while True:
-        documents = sorted((document(rng) for _ in range(batch * pool)), key=lambda d: sum(len(text) for text, _ in d))
+        documents = sorted((document(rng, turn) for _ in range(batch * pool)), key=lambda d: sum(len(text) for text, _ in d))
         for i in rng.sample(range(pool), pool):
             yield encode_documents(documents[i * batch:(i + 1) * batch], tokenizer)
 
 
-def train_language(steps, out, hidden=128, layers=4, batch=16):
+def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
+    """One round. The second goes on from what the first wrote."""
     tokenizer = make_tokenizer()
     # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel.from_pretrained(out / "llm", dtype=torch.float32) if turn else GPT2LMHeadModel(config)
     print(f"language: {len(tokenizer)} words, {sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    source = batches(random.Random(3), tokenizer, batch)
+    source = batches(random.Random(3 + 10 * turn), tokenizer, turn, batch)
     recent = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, steps, 2e-3)
+            group["lr"] = schedule(step, steps, (2e-3, 1e-3)[turn])
         input_ids, labels = next(source)
         states = model.base_model(input_ids, use_cache=False).last_hidden_state                   # (B, T, D)
         learned = labels[:, 1:] != IGNORE
@@ -249,11 +254,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
     parser.add_argument("--vision_steps", type=int, default=1500)
-    parser.add_argument("--language_steps", type=int, default=20000, help="0 writes a random model, to compare with")
+    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 10000),
+                        help="of each round; 0 writes a random model, to compare with")
+    parser.add_argument("--first_round", type=int, default=0, help="1 goes on from the llm that is there")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.only != "llm":
         train_vision(args.vision_steps, args.out)
     if args.only != "vit":
-        train_language(args.language_steps, args.out)
+        for turn in range(args.first_round, len(args.language_steps)):
+            train_language(args.language_steps[turn], args.out, turn)
