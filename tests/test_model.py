@@ -1,6 +1,7 @@
 """model.py: features, gradients, freezing; and that it computes what transformers computes."""
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import checkpoint
 from data import IGNORE, IMAGE, collate
 from generate import Assistant
 from model import PARTS, VLM, VisionBackbone, load_vision, make_projector
-from train import train_step
+from train import count_together, train_step
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8)
 VISION = {"clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZE)),
@@ -61,7 +62,7 @@ def example(i, pictures=1):
     labels = torch.full_like(input_ids, IGNORE)
     labels[-(i + 1):] = text[-(i + 1):]
     return {"id": str(i), "input_ids": input_ids, "labels": labels,
-            "images": [[torch.randn(3, 16, 16, generator=generator)] for _ in range(pictures)]}
+            "images": [[torch.randn(3, 16, 16, generator=generator)] for _ in range(pictures)], "replaced": 0}
 
 
 def batches(sizes, pictures=1):
@@ -109,16 +110,20 @@ def test_a_stage_changes_all_of_what_it_trains_and_nothing_else(kind, stage, par
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == parts
     assert all(getattr(model, name).training == (name in parts) for name in PARTS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    train_step(without_ddp(model), batches([4]), optimizer, 1.0, torch.device("cpu"), False)
+    one_step(model, batches([4]), optimizer)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-def without_ddp(model):
-    """train_step on one rank without DDP: the same sums, faster to build."""
-    from contextlib import nullcontext
+def one_step(model, micro_batches, optimizer, max_norm=1.0):
+    """As the loop does it, on one rank without DDP: the same sums, faster to build. Returns the loss."""
     model.no_sync = nullcontext
-    return model
+    cpu = torch.device("cpu")
+    tokens = count_together(micro_batches, False, cpu)["tokens"]
+    loss, _ = train_step(model, micro_batches, tokens, max_norm, cpu, False)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
 
 
 def gradients(model, cut, weigh=None):
@@ -129,7 +134,7 @@ def gradients(model, cut, weigh=None):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         optimizer.register_step_pre_hook(lambda *_: grabbed.update(
             {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
-        train_step(without_ddp(model), cut, optimizer, 1e9, torch.device("cpu"), False)
+        one_step(model, cut, optimizer, max_norm=1e9)
         return grabbed
     for batch in cut:
         loss = model(batch["input_ids"], batch["labels"], batch["pixel_values"])
@@ -213,7 +218,7 @@ def test_a_random_model_starts_at_ln_v_and_overfits_one_batch(llm):
     model = tiny_vlm(llm=llm)
     batch = batches([4])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    losses = [train_step(without_ddp(model), batch, optimizer, 1.0, torch.device("cpu"), False)[0] for _ in range(150)]
+    losses = [one_step(model, batch, optimizer) for _ in range(150)]
     assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.1)
     assert losses[-1] < 0.05
 
@@ -221,14 +226,14 @@ def test_a_random_model_starts_at_ln_v_and_overfits_one_batch(llm):
 def test_a_text_only_step_leaves_the_projector_and_its_adam_state_alone():
     model = tiny_vlm()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-    train_step(without_ddp(model), batches([4]), optimizer, 1.0, torch.device("cpu"), False)
+    one_step(model, batches([4]), optimizer)
 
     def projector():
         weights = [p.clone() for p in model.projector.parameters()]
         return weights + [t.clone() for p in model.projector.parameters() for t in optimizer.state[p].values()]
 
     before = projector()
-    train_step(without_ddp(model), batches([4], pictures=0), optimizer, 1.0, torch.device("cpu"), False)
+    one_step(model, batches([4], pictures=0), optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, projector(), strict=True))
 
 
