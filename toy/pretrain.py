@@ -239,7 +239,7 @@ def score_language(model, tokenizer, count=100):
             if kind == "two":
                 question, answer = toy.ask_two(scene, other, rng)
                 head = [("In: ", False), *head, ("\n", False), (scene_map(other), False)]
-                documents.append(head + [(f"\n{question}\nA: ", False), (answer, True)])
+                documents.append(head + [(f"\n{question}\nOut:", False), (f" {answer}", True)])
                 continue
             question, answer = ask(scene, rng) if kind in toy.ASK else ask(rng)
             documents.append(head * (kind in toy.ASK) + asked(question, answer))
@@ -254,7 +254,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
     parser.add_argument("--vision_steps", type=int, default=1500)
-    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 10000),
+    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 5000),
                         help="of each round; 0 writes a random model, to compare with")
     parser.add_argument("--first_round", type=int, default=0, help="1 goes on from the llm that is there")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
