@@ -18,11 +18,18 @@ def knob(default, meaning, unit=""):
     return field(default=default, metadata={"help": f"{meaning} [{unit}]" if unit else meaning})
 
 
+TRAINS = {"align": "projector", "finetune": "projector,llm", "full-finetune": "vision,projector,llm",
+          "vla": "vision,projector,llm"}
+
+
 @dataclass(frozen=True)
 class Config:
-    stage: Literal["align", "finetune", "full-finetune"] = knob(
-        "align", "what trains: the projector; projector and LLM; everything")
+    stage: Literal["align", "finetune", "full-finetune", "vla"] = knob(
+        "align", "what trains, on what: the projector on captions; projector and LLM, or everything, on conversations; "
+        "everything on robot episodes")
     ckpt: str = knob("", "run folder or step folder whose weights this run starts from")
+    trains: str = knob("", "parts that train, joined by commas: vision, projector, llm, llm.last (embeddings, last layer, "
+                       "output); empty = the stage's")
     no_align: bool = knob(False, "finetune from a fresh projector, without an align stage before")
     preset: str = knob("toy", "named set of values for all other flags")
     vision_backbone: str = knob("toy/vit", "folder or hub id of a CLIP, SigLIP or DINOv2 model; two joined by a comma")
@@ -33,7 +40,8 @@ class Config:
     prompt: Literal["auto", "plain", "vicuna", "llama2", "mistral", "phi", "chatml"] = knob(
         "auto", "how questions and answers are written; auto knows it from the language model")
     max_length: int = knob(2048, "longer examples are cut at the end", "positions, patches included")
-    train_json: str = knob("", "training examples: LLaVA JSON or JSON lines")
+    train_json: str = knob("", "training examples: LLaVA JSON, JSON lines, or episodes; several files joined by commas")
+    mixture: str = knob("", "how often each file of train_json comes in an epoch, such as 3,1; empty = once")
     image_dir: str = knob("", "folder that the pictures' paths start from")
     val_json: str = knob("", "held-out examples, scored when the run ends; empty = no score")
     prepare: str = knob("", "Python script that makes the preset's data; run once if train_json is missing")
@@ -43,7 +51,8 @@ class Config:
     per_device_batch_size: int = knob(16, "examples per forward on one GPU; halve it when memory runs out", "examples")
     epochs: int = knob(1, "times every example is seen")
     max_steps: int = knob(0, "optimizer steps, whatever the epochs; 0 = by epochs")
-    learning_rate: float = knob(2e-5, "peak learning rate, reached when the warm-up ends, then cosine to zero")
+    learning_rate: float = knob(2e-5, "peak learning rate, reached when the warm-up ends")
+    schedule: Literal["cosine", "constant"] = knob("cosine", "after the warm-up: half a cosine down to zero, or constant")
     weight_decay: float = knob(0.0, "AdamW weight decay, not on norms and biases")
     warmup_ratio: float = knob(0.03, "linear warm-up", "fraction of all steps")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
@@ -57,6 +66,8 @@ class Config:
     skip_bad_examples: bool = knob(False, "replace an example that can't be read by the next good one, and count it, "
                                    "instead of stopping")
     num_workers: int = knob(4, "processes that read data, per GPU; 0 = none")
+    keep_dimensions: str = knob("", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
+    augment: bool = knob(False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
     gradient_checkpointing: bool = knob(False, "recompute the LLM's activations in backward: less memory, 30 % slower")
     precision: Literal["auto", "bf16", "fp32"] = knob("auto", "autocast; auto = bf16 on a GPU, fp32 on a CPU")
 
@@ -64,8 +75,15 @@ class Config:
         if self.stage == "finetune" and not self.ckpt and not self.no_align:
             raise UserError("--stage finetune starts from an aligned projector: give --ckpt runs/<align run>, "
                             "or --no_align for a fresh projector")
-        if self.stage == "full-finetune" and not self.ckpt:
-            raise UserError("--stage full-finetune starts from a trained VLM: give --ckpt runs/<run>")
+        if self.stage in ("full-finetune", "vla") and not self.ckpt:
+            raise UserError(f"--stage {self.stage} starts from a trained VLM: give --ckpt runs/<run>")
+        if not self.trained or not set(self.trained) <= {"vision", "projector", "llm", "llm.last"}:
+            raise UserError(f"--trains {self.trains}: choose from vision, projector, llm, llm.last, joined by commas")
+        times = self.mixture.split(",") if self.mixture else []
+        if times and (len(times) != len(self.train_json.split(",")) or not all(t.isdigit() and int(t) for t in times)):
+            raise UserError(f"--mixture {self.mixture}: give one whole number from 1 on for each file of --train_json")
+        if not all(d.isdigit() for d in self.kept_dimensions):
+            raise UserError(f"--keep_dimensions {self.keep_dimensions}: give numbers joined by commas, counted from 0")
         if self.ckpt and self.no_align:
             raise UserError("--ckpt and --no_align exclude each other: start from a checkpoint, or from a fresh projector")
         for name in ("train_json", "image_dir"):
@@ -81,6 +99,14 @@ class Config:
             raise UserError(f"--max_grad_norm is {self.max_grad_norm}, but must be positive (1e9 = no clipping)")
 
     @property
+    def trained(self):
+        return tuple(name.strip() for name in (self.trains or TRAINS[self.stage]).split(","))
+
+    @property
+    def kept_dimensions(self):
+        return [d.strip() for d in self.keep_dimensions.split(",") if d.strip()]
+
+    @property
     def run_folder(self):
         return Path(self.run_root) / (self.run_id or f"{self.preset}-{self.stage}-x{self.seed}")
 
@@ -92,7 +118,9 @@ _TOY = {"image_dir": "data/toy/images", "prepare": "toy.py", "global_batch_size"
         "max_length": 512, "num_workers": 1}
 _PUBLISHED = {"align": {"global_batch_size": 256, "learning_rate": 1e-3, "length_window": 0},
               "finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
-              "full-finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1}}
+              "full-finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
+              "vla": {"global_batch_size": 256, "learning_rate": 2e-5, "schedule": "constant", "warmup_ratio": 0.0,
+                      "epochs": 1000, "length_window": 0, "augment": True}}
 # preset -> stage -> flags; "" is for all stages. Hyperparameters of the large ones: LLaVA-1.5 (arXiv 2310.03744,
 # appendix A) and Prismatic (arXiv 2402.07865, appendix B).
 PRESETS = {
@@ -103,25 +131,30 @@ PRESETS = {
         "finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json", "epochs": 3,
                      "learning_rate": 5e-4, "weight_decay": 0.01},
         "full-finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json", "epochs": 1,
-                          "learning_rate": 3e-4, "weight_decay": 0.01}},
+                          "learning_rate": 3e-4, "weight_decay": 0.01},
+        "vla": {"train_json": "data/toy_robot/train.json", "image_dir": "data/toy_robot/images", "prepare": "toy_robot.py",
+                "epochs": 6, "learning_rate": 5e-4, "weight_decay": 0.01, "length_window": 0}},
     "single-gpu": {
         "": {"vision_backbone": "google/siglip-base-patch16-224", "llm_backbone": "HuggingFaceTB/SmolLM2-360M-Instruct"},
         "align": _PUBLISHED["align"],
         "finetune": _PUBLISHED["finetune"],
-        "full-finetune": _PUBLISHED["full-finetune"]},
+        "full-finetune": _PUBLISHED["full-finetune"],
+        "vla": _PUBLISHED["vla"]},
     "llava-v1.5-7b": {
         "": {"vision_backbone": "openai/clip-vit-large-patch14-336", "llm_backbone": "lmsys/vicuna-7b-v1.5",
              "image_resize": "letterbox", "gradient_checkpointing": True},
         "align": {**_PUBLISHED["align"], "per_device_batch_size": 32},
         "finetune": {**_PUBLISHED["finetune"], "weight_decay": 0.0},
-        "full-finetune": {**_PUBLISHED["full-finetune"], "weight_decay": 0.0}},
+        "full-finetune": {**_PUBLISHED["full-finetune"], "weight_decay": 0.0},
+        "vla": _PUBLISHED["vla"]},
     "prism-dinosiglip-7b": {
         "": {"vision_backbone": "facebook/dinov2-with-registers-large,google/siglip-so400m-patch14-224",
              "llm_backbone": "meta-llama/Llama-2-7b-hf", "projector": "fused-gelu-mlp", "prompt": "plain",
              "gradient_checkpointing": True},
         "align": _PUBLISHED["align"],
         "finetune": _PUBLISHED["finetune"],
-        "full-finetune": _PUBLISHED["full-finetune"]},
+        "full-finetune": _PUBLISHED["full-finetune"],
+        "vla": _PUBLISHED["vla"]},
 }
 
 

@@ -21,11 +21,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
+import actions
 from config import PRESETS, Config, UserError, knob, parse
 
 IGNORE = -100                                               # a label that the loss skips
@@ -123,15 +124,21 @@ def load_language(name, prompt="auto"):
 
 
 class Piece(NamedTuple):
-    text: str = ""                                          # "" = a picture
+    text: str = ""                                          # neither text nor ids: a picture
     learn: bool = False
+    ids: tuple = ()                                         # an action, which is never written as text
+
+    @property
+    def is_picture(self):
+        return not self.text and not self.ids
 
 
-def to_pieces(example, language, caption_only=False, ask=False):
+def to_pieces(example, language, caption_only=False, ask=False, action=()):
     """The texts and pictures of an example, in the order the language model reads them. BOS is not among them.
 
     caption_only: the human turn is dropped and the reply follows the picture (stage align).
     ask:          stop where the model is to reply: the last reply, if there is one, is left out.
+    action:       ids that stand in place of the last reply's text (stage vla).
     Raises BadExample (without the place: the caller knows it).
 
     One picture stands at the very start, wherever its tag was: Prismatic (arXiv 2402.07865) found it best, and a
@@ -153,6 +160,9 @@ def to_pieces(example, language, caption_only=False, ask=False):
     pieces = [Piece()] if len(images) == 1 else []
     for i, turn in enumerate(turns):
         value = turn["value"].strip()
+        if turn["from"] == "gpt" and action:
+            pieces.append(Piece(ids=(*action, language.stop), learn=True))
+            continue
         if turn["from"] == "gpt":
             pieces.append(Piece((gap + value if value else "") + prompt.end, True))
             continue
@@ -207,7 +217,7 @@ def assemble(pieces, piece_ids, bos, patches, max_length, ask=False):
     input_ids, labels = list(bos), [IGNORE] * len(bos)
     ids = iter(piece_ids)
     for piece in pieces:
-        new = next(ids) if piece.text else [IMAGE] * patches
+        new = [IMAGE] * patches if piece.is_picture else list(piece.ids) or next(ids)
         input_ids += new
         labels += new if piece.learn else [IGNORE] * len(new)
     if IMAGE in input_ids[max_length:]:
@@ -234,10 +244,11 @@ class ImageTransform:
     """A picture -> (3, size, size) float tensor for one backbone, by that backbone's own preprocessor file.
 
     resize: resize-naive squashes to a square; resize-crop cuts the longer side; letterbox pads with the mean color.
-    `patches` is the number of patches that the backbone makes of it.
+    `patches` is the number of patches that the backbone makes of it. center_crop: see `distort`.
     """
 
-    def __init__(self, size, patch_size, mean, std, resample=3, resize="resize-naive"):
+    def __init__(self, size, patch_size, mean, std, resample=3, resize="resize-naive", center_crop=False):
+        self.center_crop = center_crop
         self.size, self.resize, self.resample = size, resize, Image.Resampling(resample)
         self.patches = (size // patch_size) ** 2
         self.fill = tuple(round(255 * value) for value in mean)
@@ -245,6 +256,8 @@ class ImageTransform:
 
     def __call__(self, image):
         square = (self.size, self.size)
+        if self.center_crop:
+            image = crop(image, 0.5, 0.5)
         if self.resize == "resize-crop":
             image = ImageOps.fit(image, square, self.resample)
         elif self.resize == "letterbox":
@@ -255,7 +268,30 @@ class ImageTransform:
         return (pixels.float() / 255 - self.mean) / self.std
 
 
-def load_image_transforms(names, resize):
+AREA = 0.9                                                  # of a picture that a random crop keeps, as OpenVLA
+
+
+def crop(image, x, y):
+    """The part of AREA at (x, y), both in 0..1, of all its places. (0.5, 0.5) is the center."""
+    width, height = (round(side * AREA ** 0.5) for side in image.size)
+    left, top = round((image.width - width) * x), round((image.height - height) * y)
+    return image.crop((left, top, left + width, top + height))
+
+
+def distort(image, rng):
+    """OpenVLA's augmentation: a random crop, then brightness, contrast, saturation and hue.
+
+    The policy has then never seen a whole picture: at inference it must get the central crop, or it misses its aim.
+    """
+    image = crop(image, *rng.random(2))
+    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = kind(image).enhance(rng.uniform(0.8, 1.2))
+    hue, saturation, value = image.convert("HSV").split()
+    shift = round(255 * rng.uniform(-0.05, 0.05))
+    return Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")
+
+
+def load_image_transforms(names, resize, center_crop=False):
     """One ImageTransform for each backbone of a comma-separated list."""
     transforms = []
     for name in names.split(","):
@@ -267,7 +303,7 @@ def load_image_transforms(names, resize):
             if isinstance(size, dict):
                 size = size.get("height") or size["shortest_edge"]
             transforms.append(ImageTransform(size, config.patch_size, settings["image_mean"], settings["image_std"],
-                                             settings.get("resample", 3), resize))
+                                             settings.get("resample", 3), resize, center_crop))
         except Exception as e:                              # also what is missing in them: KeyError 'image_mean'
             raise UserError(f"--vision_backbone {name}: config.json and preprocessor_config.json can't be loaded from "
                             f"it ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
@@ -304,7 +340,8 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def find_rows(path):
-    """LLaVA JSON (a list) or JSON lines -> (n, 2) the first byte of each example, and the one behind its last.
+    """LLaVA JSON (a list), JSON lines, or episodes -> (n, 3) the first byte of each example, the one behind its last, and
+    the step of the episode (-1: no episode).
 
     Raises UserError with the file and the line.
     """
@@ -330,7 +367,13 @@ def find_rows(path):
             raise wrong(getattr(e, "pos", at), f"this is no JSON ({getattr(e, 'msg', e)})") from e
         if not isinstance(row, dict):
             raise wrong(at, f"example {len(places)} must be an object with 'conversations', found {str(row)[:60]!r}")
-        places.append((at, end))
+        if "steps" in row:                                  # an episode: each step is an example
+            problem = actions.episode_problem(row)
+            if problem:
+                raise wrong(at, f"episode id={row.get('id')!r}: {problem}")
+            places += [(at, end, step) for step in range(len(row["steps"]))]
+        else:
+            places.append((at, end, -1))
         at = SPACE.match(text, end).end()
         if is_list and text[at:at + 1] not in (",", "]"):
             raise wrong(at, f"a comma or the end of the list is missing behind example {len(places) - 1}")
@@ -351,14 +394,22 @@ class Conversations(torch.utils.data.Dataset):
     worker's traceback. The loop raises it.
 
     caption_only, ask: see `to_pieces`. skip_bad: a bad example is replaced by the next good one of its modality.
+    policy:  ActionTokens; the file must then hold episodes, and must not otherwise.
+    augment: a seed; pictures are then cropped and colored at random, differently in each `epoch`.
     """
 
-    def __init__(self, path, image_dir, language, transforms, max_length, caption_only=False, ask=False, skip_bad=False):
+    def __init__(self, path, image_dir, language, transforms, max_length, caption_only=False, ask=False, skip_bad=False,
+                 policy=None, augment=None):
         self.path, self.image_dir = Path(path), Path(image_dir)
         self.language, self.transforms, self.max_length = language, transforms, max_length
         self.caption_only, self.ask, self.skip_bad = caption_only, ask, skip_bad
-        self.cache = self._read_cache()                     # (n, 4) first byte, end, length (0 = bad), has picture
-        self.places = find_rows(path) if self.cache is None else self.cache[:, :2]
+        self.policy, self.key, self.augment = policy, actions.dataset_name(path), augment
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()     # data workers live longer than an epoch
+        self.cache = self._read_cache()                     # (n, 5) first byte, end, step, length (0 = bad), has picture
+        self.places = find_rows(path) if self.cache is None else self.cache[:, :3]
+        if (self.places[:, 2] >= 0).any() != bool(policy) or (self.places[:, 2] >= 0).all() != bool(policy):
+            raise UserError(f"{path} must hold {'episodes, for --stage vla' if policy else 'conversations'} only"
+                            f"{'' if policy else '; episodes are for --stage vla'}")
         # The file is mapped, so all workers and ranks share it. A list of dicts would be copied into every worker page
         # by page, because Python writes a reference count into each object it looks at.
         self.bytes = np.memmap(path, np.uint8, "r")
@@ -367,8 +418,13 @@ class Conversations(torch.utils.data.Dataset):
         return len(self.places)
 
     def row(self, i):
-        start, end = self.places[i]
-        return json.loads(self.bytes[start:end].tobytes())
+        start, end, step = self.places[i]
+        row = json.loads(self.bytes[start:end].tobytes())
+        return row if step < 0 else actions.as_conversation(row, step)
+
+    def pieces(self, row):
+        action = self.policy.encode(row["action"], self.key).tolist() if self.policy and not self.ask else ()
+        return to_pieces(row, self.language, self.caption_only, self.ask, action)
 
     def named(self, i, error):
         """The error with its place."""
@@ -382,7 +438,7 @@ class Conversations(torch.utils.data.Dataset):
         return str(first.get("value") if isinstance(first, dict) else first)[:40]
 
     def tokens(self, row):
-        pieces = to_pieces(row, self.language, self.caption_only, self.ask)
+        pieces = self.pieces(row)
         ids = self.language.ids([piece.text for piece in pieces if piece.text])
         return assemble(pieces, ids, self.language.bos, self.transforms[0].patches, self.max_length, self.ask)
 
@@ -410,15 +466,18 @@ class Conversations(torch.utils.data.Dataset):
         try:
             input_ids, labels = self.tokens(row)
             pictures = [read_image(self.image_path(name)) for name in images_of(row)]
+            if self.augment is not None:
+                rng = np.random.default_rng((self.augment, int(self.epoch), i))
+                pictures = [distort(picture, rng) for picture in pictures]
         except BadExample as e:
             return self.named(i, e)
         return {"id": str(row.get("id", i)), "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels),
-                "images": [[transform(picture) for transform in self.transforms] for picture in pictures], "replaced": 0}
+                "images": [[transform(picture) for transform in self.transforms] for picture in pictures], "replaced": 0, "key": self.key}
 
     def _next_good(self, i):
         """Indices of the examples behind i that can be tokenised and have i's modality, around the end of the file."""
         _, has_image = self.lengths()
-        good = np.flatnonzero((self.cache[:, 2] > 0) & (has_image == has_image[i]))
+        good = np.flatnonzero((self.cache[:, 3] > 0) & (has_image == has_image[i]))
         return [int(j) for j in np.roll(good, -np.searchsorted(good, i + 1)) if j != i]
 
     def lengths(self):
@@ -431,7 +490,7 @@ class Conversations(torch.utils.data.Dataset):
         if self.cache is None:
             self.cache = np.column_stack([self.places, self._count()])
             self._write_cache()
-        lengths, has_image = self.cache[:, 2].copy(), self.cache[:, 3].astype(bool)
+        lengths, has_image = self.cache[:, 3].copy(), self.cache[:, 4].astype(bool)
         good = np.flatnonzero(lengths)
         if len(good) < len(lengths):
             first = int(np.flatnonzero(lengths == 0)[0])
@@ -448,14 +507,14 @@ class Conversations(torch.utils.data.Dataset):
             indices, pieces = range(start, min(start + chunk, len(self))), []
             for i in indices:
                 try:
-                    pieces.append(to_pieces(self.row(i), self.language, self.caption_only))
+                    pieces.append(self.pieces(self.row(i)))
                 except BadExample as e:
                     pieces.append(self._bad(i, e))
             ids = iter(self.language.ids([piece.text for row in pieces for piece in row if piece.text]))
             for i, row in zip(indices, pieces):
                 texts = [next(ids) for piece in row if piece.text]
                 try:
-                    counted[i] = self._length(row, texts) if row else 0, any(not piece.text for piece in row)
+                    counted[i] = self._length(row, texts) if row else 0, any(piece.is_picture for piece in row)
                 except BadExample as e:
                     self._bad(i, e)
         return counted
@@ -475,7 +534,7 @@ class Conversations(torch.utils.data.Dataset):
         tokenizer = self.language.tokenizer
         rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
         h.update(repr((rules, self.language.prompt, self.language.bos, self.transforms[0].patches, self.max_length,
-                       self.caption_only)).encode())
+                       self.caption_only, self.policy is not None)).encode())
         return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
 
     def _read_cache(self):
@@ -497,7 +556,8 @@ def collate(examples):
     """Examples -> one batch, padded on the right. A BadExample among them is returned in place of the batch.
 
     input_ids (B, T), labels (B, T), attention_mask (B, T) bool, pixel_values: one (N, C, H, W) per backbone, N pictures
-    in the order of the examples (no tensor at all for text only), ids: list of str, replaced: how many (see skip_bad).
+    in the order of the examples (no tensor at all for text only), ids and keys (the files' names): list of str,
+    replaced: how many (see skip_bad).
     """
     for example in examples:
         if isinstance(example, BadExample):
@@ -508,6 +568,7 @@ def collate(examples):
     input_ids = pad([example["input_ids"] for example in examples], batch_first=True)
     return {"ids": [example["id"] for example in examples],
             "replaced": sum(example["replaced"] for example in examples),
+            "keys": [example["key"] for example in examples],
             "input_ids": input_ids,
             "labels": pad([example["labels"] for example in examples], batch_first=True, padding_value=IGNORE),
             # From the lengths. `input_ids != pad` would also hide every end token where the two share an id.
@@ -534,7 +595,7 @@ def show(input_ids, labels, tokenizer):
 class CheckConfig:
     check: str = knob("", "file to check: LLaVA JSON or JSON lines")
     image_dir: str = knob("", "folder that the pictures' paths start from")
-    stage: Literal["align", "finetune"] = knob("finetune", "align drops the human turns")
+    stage: Literal["align", "finetune", "vla"] = knob("finetune", "align drops the human turns; vla reads episodes")
     preset: str = knob("toy", "takes the backbones from this preset")
     vision_backbone: str = knob("", "folder or hub id; empty = the preset's")
     llm_backbone: str = knob("", "folder or hub id; empty = the preset's")
@@ -558,7 +619,11 @@ def check(cfg):
     """Reads every example and every picture, prints what is wrong and what there is. Returns the number of errors."""
     language = load_language(cfg.backbone("llm_backbone"), cfg.prompt)
     transforms = load_image_transforms(cfg.backbone("vision_backbone"), cfg.image_resize)
-    data = Conversations(cfg.check, cfg.image_dir, language, transforms, cfg.max_length, cfg.stage == "align")
+    policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}) if cfg.stage == "vla" else None
+    data = Conversations(cfg.check, cfg.image_dir, language, transforms, cfg.max_length, cfg.stage == "align", policy=policy)
+    if policy:
+        policy.learn_units(data)
+        print(json.dumps(policy.statistics, indent=1))
     modality, lengths, supervised, errors, samples = Counter(), [], 0, [], []
     for i in tqdm(range(len(data)), desc="checking", disable=None):
         example = data[i]

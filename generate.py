@@ -2,8 +2,13 @@
 
     python generate.py --ckpt runs/toy-finetune-x7 --image picture.png --prompt "What shape is red?"
 
+A policy (stage vla) gets an instruction for a prompt and prints an action:
+
+    python generate.py --ckpt runs/toy-vla-x7 --image picture.png --prompt "put the red circle on the blue square"
+
 No --image: a text question. Several: `--image a.png b.png`, in this order.
 """
+import time
 from dataclasses import dataclass
 
 from config import Config, UserError, knob, parse, read_config
@@ -13,8 +18,9 @@ from config import Config, UserError, knob, parse, read_config
 class GenerateConfig:
     ckpt: str = knob("", "run folder or step folder")
     image: tuple = knob((), "picture files, in the order of the question; none = text only")
-    prompt: str = knob("Describe the picture.", "the question")
+    prompt: str = knob("Describe the picture.", "the question; for a vla run the instruction")
     max_new_tokens: int = knob(256, "longest answer", "tokens")
+    unnorm_key: str = knob("", "vla: the dataset whose units the action is in; needed if the policy knows several")
 
     def __post_init__(self):
         if not self.ckpt:
@@ -27,6 +33,7 @@ if __name__ == "__main__":
 import torch
 
 import checkpoint
+from actions import BINS, QUESTION, ActionTokens
 from data import TAG, Conversations, assemble, load_image_transforms, load_language, read_image, to_pieces
 from model import load_vlm
 
@@ -38,10 +45,13 @@ class Assistant:
         self.cfg: Config = read_config(ckpt)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt)
-        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize)
+        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize, self.cfg.augment)
+        folder = checkpoint.find(ckpt)
+        saved = checkpoint.read_state(folder).get("actions")
+        self.policy = ActionTokens.load(saved) if saved else None
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = load_vlm(self.cfg, trained=(), frozen_dtype=dtype)
-        checkpoint.load_weights(self.model, checkpoint.find(ckpt))
+        checkpoint.load_weights(self.model, folder)
         self.model.to(self.device).eval().requires_grad_(False)
 
     @property
@@ -51,7 +61,7 @@ class Assistant:
 
     def dataset(self, path, image_dir):
         return Conversations(path, image_dir, self.language, self.transforms, self.cfg.max_length, self.caption_only,
-                             ask=True)
+                             ask=True, policy=self.policy)
 
     def example(self, question, images):
         """One question about already opened pictures (PIL, RGB) -> an example as Conversations yields it."""
@@ -69,7 +79,21 @@ class Assistant:
         """Examples (as Conversations yields them, with ask=True) -> greedy answers, a list of str."""
         return [self.language.decode(ids) for ids in self.answer_ids(examples, max_new_tokens, streamer)]
 
-    def answer_ids(self, examples, max_new_tokens=256, streamer=None):
+    def act(self, pictures, instructions, key=""):
+        """Pictures (one list of PIL RGB per robot) and instructions -> actions (n, A) in physical units. Greedy.
+
+        key: the dataset whose units are meant; not needed where the policy knows only one.
+        """
+        key, policy = self.policy.key(key), self.policy
+        examples = [self.example(QUESTION.format(instruction=text.strip().rstrip(".").lower()), images)
+                    for images, text in zip(pictures, instructions, strict=True)]
+        allowed = list(range(policy.end - BINS, policy.end))            # only actions: a policy can't answer in words
+        with torch.inference_mode():
+            ids = self.answer_ids(examples, policy.dimensions, min_new_tokens=policy.dimensions,
+                                  prefix_allowed_tokens_fn=lambda *_: allowed)
+        return policy.decode(ids, key)
+
+    def answer_ids(self, examples, max_new_tokens=256, streamer=None, **options):
         """-> one list of new ids per example, end token included. Prompts are padded on the left, so that all end where
         the answers begin; the mask hides the padding, so an answer does not depend on its neighbours."""
         rows, longest = [], max(len(example["input_ids"]) for example in examples)
@@ -82,7 +106,7 @@ class Assistant:
         stop = self.language.stop
         new = self.model.llm.generate(inputs_embeds=torch.stack(rows), attention_mask=mask, do_sample=False,
                                       max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop,
-                                      streamer=streamer)                                               # (B, new)
+                                      streamer=streamer, **options)                                           # (B, new)
         answers = []
         for ids in new.tolist():
             answers.append(ids[:ids.index(stop) + 1] if stop in ids else ids)
@@ -97,6 +121,12 @@ def main(cfg):
             raise UserError(f"{cfg.ckpt} is an align run: it captions exactly one --image. Run the finetune stage to ask it")
         print("(an align run captions whatever is asked; run the finetune stage to ask it)")
     images = [read_image(path) for path in cfg.image]
+    if assistant.policy:
+        assistant.act([images], [cfg.prompt], cfg.unnorm_key)           # the first call is slow: memory, kernels
+        began = time.perf_counter()
+        action = assistant.act([images], [cfg.prompt], cfg.unnorm_key)[0]
+        print(" ".join(f"{value:.4f}" for value in action), f"({(time.perf_counter() - began) * 1000:.0f} ms)")
+        return
     example = assistant.example(cfg.prompt, images)
     assistant.answer([example], cfg.max_new_tokens,
                      streamer=TextStreamer(assistant.language.tokenizer, skip_special_tokens=True))

@@ -15,7 +15,6 @@ from data import IGNORE, IMAGE
 logging.disable_progress_bar()                              # one bar per backbone and rank would bury what matters
 
 PARTS = ("vision", "projector", "llm")
-TRAINS = {"align": ("projector",), "finetune": ("projector", "llm"), "full-finetune": ("vision", "projector", "llm")}
 
 # model_type -> (class, positions in front of the patches: CLS and registers). Their features are no patches.
 VISION_MODELS = {
@@ -68,11 +67,17 @@ class VLM(nn.Module):
         self.vision, self.projector, self.llm = vision, projector, llm
         self.trained = ()
 
-    def set_stage(self, stage):
-        """Only the stage's parts get gradients; the others also stay in eval mode (their dropout is off)."""
-        self.trained = TRAINS[stage]
-        for name in PARTS:
-            getattr(self, name).requires_grad_(name in self.trained)
+    def set_trained(self, names):
+        """Only the named parts get gradients (see TRAINS in config.py); the others also stay in eval mode: no dropout."""
+        self.trained = {name.split(".")[0] for name in names}
+        self.requires_grad_(False)
+        for name in names:
+            if name == "llm.last":                          # what OpenVLA calls the last layer
+                layers = next(m for m in self.llm.base_model.modules() if isinstance(m, nn.ModuleList))
+                for module in (layers[-1], self.llm.get_input_embeddings(), self.llm.get_output_embeddings()):
+                    module.requires_grad_(True)
+            else:
+                getattr(self, name).requires_grad_(True)
         if "vision" in self.trained:
             # The last block, the final norm and the head come after the features: no gradient, so nothing to train.
             used = used_parameters(self.vision)
@@ -111,7 +116,8 @@ class VLM(nn.Module):
         return x.masked_scatter(here[..., None], patches.to(x.dtype))                       # (B, T, D)
 
     def forward(self, input_ids, labels, pixel_values):
-        """-> the summed cross-entropy of all supervised tokens, () in fp32. Patches are context, never targets.
+        """-> the summed cross-entropy of all supervised tokens, () in fp32, and the likeliest token at each of their
+        places, (S,). Patches are context, never targets.
 
         No attention mask: padding stands on the right and attention is causal, so no real token ever sees it. Without
         a mask the attention kernel takes its fast causal path.
@@ -121,7 +127,7 @@ class VLM(nn.Module):
         learned = labels[:, 1:] != IGNORE                                                   # (B, T - 1)
         # Position t predicts token t + 1. Logits of all T positions would be the largest tensor of the whole step.
         logits = self.llm.get_output_embeddings()(states[:, :-1][learned])                  # (S, V)
-        return F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="sum")
+        return F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="sum"), logits.argmax(-1)
 
 
 def used_parameters(vision):
@@ -165,7 +171,8 @@ def load(cls, name, flag, **options):
 
 
 def load_vlm(cfg, trained=PARTS, frozen_dtype=torch.float32):
-    """The VLM of a Config, its projector fresh from the seed. Parts that are not in `trained` get `frozen_dtype`."""
+    """The VLM of a Config, its projector fresh from the seed. Parts that do not train get `frozen_dtype`."""
+    trained = {name.split(".")[0] for name in trained}
     dtype = {name: torch.float32 if name in trained else frozen_dtype for name in PARTS}
     vision = load_vision(cfg.vision_backbone, dtype["vision"])
     llm = load_llm(cfg.llm_backbone, dtype["llm"])

@@ -27,16 +27,18 @@ if __name__ == "__main__":
     cfg = config.parse(Config, description="Train a vision-language model.")  # before torch is imported: a fast --help
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # DDP warns each run that the first batch used all parameters
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
+import actions
 import checkpoint
 from data import IGNORE, BadExample, Conversations, collate, load_image_transforms, load_language, show
-from model import PARTS, TRAINS, load_vlm
+from model import PARTS, load_vlm
 from sampler import SplitModalitySampler
 
 # A run may continue with other values of these: they do not change what is computed, up to float rounding.
@@ -53,10 +55,17 @@ def main(cfg):
     # Data: one dataset, cut by the sampler into this rank's micro-batches.
     language = load_language(cfg.llm_backbone, cfg.prompt)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
+    policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}) if cfg.stage == "vla" else None
+    files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length, caption_only=cfg.stage == "align",
+                           skip_bad=cfg.skip_bad_examples, policy=policy, augment=cfg.seed if cfg.augment else None)
+             for path in cfg.train_json.split(",")]
+    for data in files if policy else ():
+        policy.learn_units(data, [int(d) for d in cfg.kept_dimensions])
     with rank_zero_first(rank):                             # it counts all tokens and keeps them; the others read that
-        data = Conversations(cfg.train_json, cfg.image_dir, language, transforms, cfg.max_length,
-                             caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples)
-        lengths, has_image = data.lengths()
+        counted = [data.lengths() for data in files]
+    times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
+    data = ConcatDataset([data for data, n in zip(files, times) for _ in range(n)])
+    lengths, has_image = (np.concatenate([both[k] for both, n in zip(counted, times) for _ in range(n)]) for k in (0, 1))
     per_device = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // world_size))
     if cfg.global_batch_size % (per_device * world_size):
         raise UserError(f"--global_batch_size {cfg.global_batch_size} can't be cut into micro-batches of "
@@ -73,10 +82,10 @@ def main(cfg):
 
     # Model: the parts of the checkpoint, then freeze what this stage does not train.
     parts = checkpoint_parts(cfg)
-    model = load_vlm(cfg, TRAINS[cfg.stage], torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = load_vlm(cfg, cfg.trained, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if cfg.ckpt:
         checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
-    model.set_stage(cfg.stage)
+    model.set_trained(cfg.trained)
     if cfg.gradient_checkpointing:
         model.use_gradient_checkpointing()
     model.to(device)
@@ -89,15 +98,18 @@ def main(cfg):
     if rank == 0 and step == total:
         print(f"{run}: this run is finished, all {total:,} steps are done")
     elif rank == 0:
-        print_opening(cfg, model, data, sampler, total)
+        print_opening(model, files[0], len(data), sampler, total)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage, dynamic_ncols=True)
+    about = {"parts": parts} | ({"actions": policy.saved()} if policy else {})      # what a checkpoint says of itself
     stop, saved = Stop(), step
     with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
         while step < total and not stop.agreed:
             epoch, start = divmod(step, sampler.batches_per_epoch)
             sampler.set_epoch(epoch)
             sampler.set_start(start)
+            for file in files:
+                file.epoch.fill_(epoch)
             batches = iter(loader)
             for _ in range(min(sampler.batches_per_epoch - start, total - step)):
                 began = time.perf_counter()
@@ -106,14 +118,15 @@ def main(cfg):
                 counts = count_together(micro_batches, stop.asked, device)
                 stop.agreed = counts["stop"] > 0
                 if (stop.agreed or counts["bad"]) and step > saved:
-                    save(run, step, model, optimizer, parts, cfg.keep)
+                    save(run, step, model, optimizer, about, cfg.keep)
                 if stop.agreed:
                     break
                 stop_at_bad_examples(micro_batches, counts)
                 lr = learning_rate(step, total, cfg)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss, norm = train_step(ddp, micro_batches, counts["tokens"], cfg.max_grad_norm, device, bf16)
+                loss, norm, scores = train_step(ddp, micro_batches, counts["tokens"], cfg.max_grad_norm, device, bf16,
+                                                policy.score if policy else right_tokens)
                 stop_unless_finite(loss, norm, step + 1, micro_batches)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -121,6 +134,7 @@ def main(cfg):
                 if rank == 0:
                     seconds = time.perf_counter() - began
                     metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm,
+                               **(policy.metrics(scores) if policy else {"accuracy": scores[0] / counts["tokens"]}),
                                "tokens": counts["tokens"], "positions": counts["positions"],
                                "padding": 1 - counts["real"] / counts["positions"], "replaced": counts["replaced"],
                                "data_wait": waited / seconds, "tokens_per_second": counts["real"] / seconds,
@@ -131,7 +145,7 @@ def main(cfg):
                     bar.update()
                 epoch_ends = cfg.keep_epochs and step % sampler.batches_per_epoch == 0
                 if step % cfg.save_every == 0 or step == total or epoch_ends:
-                    save(run, step, model, optimizer, parts, cfg.keep, forever=epoch_ends)
+                    save(run, step, model, optimizer, about, cfg.keep, forever=epoch_ends)
                     saved = step
     bar.close()
     stop.restore()
@@ -155,25 +169,34 @@ def count_together(micro_batches, stop, device):
     return dict(zip(counts, all_sum(torch.tensor(list(counts.values()), device=device)).tolist()))
 
 
-def train_step(model, micro_batches, tokens, max_norm, device, bf16):
-    """Forward and backward of one optimizer step on this rank's micro-batches. -> loss per supervised token, gradient norm.
+def train_step(model, micro_batches, tokens, max_norm, device, bf16, score):
+    """Forward and backward of one optimizer step on this rank's micro-batches.
+
+    -> loss per supervised token, gradient norm, and what `score(batch, predicted)` gives, summed over the global batch.
 
     The gradient is that of: sum of the token losses / `tokens`, both over the whole global batch. Averaging micro-batch
     by micro-batch would weigh a 3-token answer like a 300-token one.
     """
     scale = dist.get_world_size() / tokens                  # DDP averages over ranks; we want the sum
-    loss_sum = torch.zeros((), device=device)
+    sums = 0
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         with nullcontext() if last else model.no_sync():    # gradients cross the wire once per step
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = model(batch["input_ids"].to(device, non_blocking=True),
-                             batch["labels"].to(device, non_blocking=True),
-                             [pixels.to(device, non_blocking=True) for pixels in batch["pixel_values"]])
+                loss, predicted = model(batch["input_ids"].to(device, non_blocking=True),
+                                        batch["labels"].to(device, non_blocking=True),
+                                        [pixels.to(device, non_blocking=True) for pixels in batch["pixel_values"]])
             (loss * scale).backward()
-        loss_sum += loss.detach()
+        sums += torch.cat([loss.detach()[None].double(), score(batch, predicted).to(device)])
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return (all_sum(loss_sum) / tokens).item(), norm.item()
+    loss_sum, *scores = all_sum(sums).tolist()
+    return loss_sum / tokens, norm.item(), scores
+
+
+def right_tokens(batch, predicted):
+    """How many supervised tokens were the likeliest at their place. (1,)"""
+    targets = batch["labels"][:, 1:]
+    return (predicted.cpu() == targets[targets != IGNORE]).sum(0, keepdim=True).double()
 
 
 def all_sum(tensor):
@@ -198,10 +221,12 @@ def stop_unless_finite(loss, norm, step, micro_batches):
 
 
 def learning_rate(step, total, cfg):
-    """Linear warm-up, then half a cosine down to zero. A function of the step, so there is no scheduler to restore."""
+    """Linear warm-up, then constant or half a cosine down to zero. A function of the step, so there is no scheduler to restore."""
     warmup = math.ceil(cfg.warmup_ratio * total)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -306,10 +331,10 @@ def checkpoint_parts(cfg):
         if cfg.ckpt and getattr(cfg, name) != getattr(config.read_config(cfg.ckpt), name):
             raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
                             f"{getattr(config.read_config(cfg.ckpt), name)}. Leave the flag out")
-    return [name for name in PARTS if name in before or name in TRAINS[cfg.stage]]
+    return [name for name in PARTS if name in before or name in {part.split('.')[0] for part in cfg.trained}]
 
 
-def save(run, step, model, optimizer, parts, keep, forever=False):
+def save(run, step, model, optimizer, about, keep, forever=False):
     """Rank zero writes, everyone waits."""
     state = random_state()
     states = [torch.empty_like(state) for _ in range(dist.get_world_size())]
@@ -317,8 +342,8 @@ def save(run, step, model, optimizer, parts, keep, forever=False):
     if dist.get_rank() == 0:
         optimizer_tensors = checkpoint.optimizer_tensors(model, optimizer)
         optimizer_tensors |= {f"random.{rank}": state.cpu() for rank, state in enumerate(states)}
-        checkpoint.save(run, step, checkpoint.tensors_of(model, parts), optimizer_tensors,
-                        {"parts": parts, "forever": forever}, keep)
+        checkpoint.save(run, step, checkpoint.tensors_of(model, about["parts"]), optimizer_tensors,
+                        about | {"forever": forever}, keep)
     dist.barrier()                                          # outside the `if`, or the other ranks never meet rank zero
 
 
@@ -354,14 +379,15 @@ def resume(cfg, run, model, optimizer):
     return step
 
 
-def print_opening(cfg, model, data, sampler, total):
+def print_opening(model, data, examples, sampler, total):
     """What will happen, before it happens."""
-    millions = {name: f"{name} {sum(p.numel() for p in getattr(model, name).parameters()) / 1e6:.2f}M" for name in PARTS}
-    trained = TRAINS[cfg.stage]
-    frozen = [millions[name] for name in PARTS if name not in trained]
-    print(f"trains   {', '.join(millions[name] for name in trained)} · frozen {', '.join(frozen) or 'nothing'}")
+    def parts(trained):
+        sizes = {name: sum(p.numel() for p in getattr(model, name).parameters() if p.requires_grad == trained)
+                 for name in PARTS}
+        return ", ".join(f"{name} {size / 1e6:.2f}M" for name, size in sizes.items() if size) or "nothing"
+    print(f"trains   {parts(True)} · frozen {parts(False)}")
     print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x {sampler.accumulation} accumulated x "
-          f"{sampler.world_size} ranks · {len(data):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
+          f"{sampler.world_size} ranks · {examples:,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
           f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
     example = data[0]
     if isinstance(example, BadExample):
@@ -381,6 +407,8 @@ def finish(cfg, run):
     print(f"run      {run}")
     if cfg.stage == "align":
         print(f"next     torchrun train.py --stage finetune --ckpt {run}{own}")
+    elif cfg.stage == "vla" and cfg.prepare:
+        print(f"next     python evaluate.py --ckpt {run} --rollouts 100")
     else:
         print(f"next     python generate.py --ckpt {run} --image FILE --prompt TEXT")
 
