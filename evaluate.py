@@ -4,6 +4,8 @@
 
 The last reply of each conversation is the expected answer; earlier turns are given. Case, outer spaces and a final dot
 do not count. An example's "type", if it has one, makes a row of the table.
+
+A policy (stage vla) is scored on recorded episodes, or lets the toy robot act: `--ckpt runs/toy-vla-x7 --rollouts 100`.
 """
 import json
 from dataclasses import dataclass
@@ -21,20 +23,26 @@ class EvaluateConfig:
     batch_size: int = knob(50, "examples answered at once")
     max_new_tokens: int = knob(64, "longest answer", "tokens")
     max_examples: int = knob(0, "score only the first so many; 0 = all")
+    rollouts: int = knob(0, "vla, toy robot: let the policy act in so many unseen scenes of each kind", "episodes")
+    unnorm_key: str = knob("", "vla: the dataset whose units the actions are in; needed if the policy knows several")
+    wrong_instruction: bool = knob(False, "vla, toy robot: tell the policy another task than the one that counts")
     blank_images: bool = knob(False, "replace every picture by a black one: does the model look at all?")
 
     def __post_init__(self):
-        for name in ("ckpt", "json"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing")
+        if not self.ckpt:
+            raise UserError("--ckpt RUN is missing")
+        if not self.json and not self.rollouts:
+            raise UserError("--json FILE is missing")
 
 
 if __name__ == "__main__":
     cfg = parse(EvaluateConfig, description="Score a trained model's greedy answers by exact match.")
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from actions import read_actions
 from data import BadExample, images_of, read_image
 from generate import Assistant
 
@@ -129,19 +137,53 @@ def wrap(text, font, width):
     return lines
 
 
+def open_loop(assistant, data, cfg):
+    """Mean |error| of the policy's actions on recorded steps, per dimension, beside two policies that do not look:
+    always the mean action of the training data; always what was done one step before."""
+    wanted, key = read_actions(data)[:cfg.max_examples or None], assistant.policy.key(cfg.unnorm_key)
+    got = []
+    for start in tqdm(range(0, len(wanted), cfg.batch_size), desc="scoring", disable=None):
+        examples = [data[i] for i in range(start, min(start + cfg.batch_size, len(wanted)))]
+        for example in examples:
+            if isinstance(example, BadExample):
+                raise example
+        if cfg.blank_images:
+            examples = [blank(example, assistant.transforms) for example in examples]
+        got.append(assistant.act_on(examples, key))
+    mean = np.broadcast_to(assistant.policy.statistics[key]["action"]["mean"], wanted.shape)
+    first = data.places[:len(wanted), 2:] == 0
+    before = np.where(first, mean, np.roll(wanted, 1, axis=0))
+    errors = {name: np.abs(guess - wanted).mean(0).tolist() for name, guess in
+              (("policy", np.concatenate(got)), ("mean action", mean), ("action before", before))}
+    print("mean |error| in physical units, for each dimension and over all")
+    for name, error in errors.items():
+        print(f"{name:<16}", " ".join(f"{e:8.4f}" for e in error), f"| {np.mean(error):8.4f}")
+    return {"l1": errors, "count": len(wanted)}
+
+
+def write_scores(scores, out):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(scores, indent=1, ensure_ascii=False))
+    print(f"scores   {out}")
+
+
 def main(cfg):
     assistant = Assistant(cfg.ckpt)
+    out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
+    if cfg.rollouts:
+        return write_scores(rollouts(assistant, cfg, out), out)
+    if assistant.policy:
+        return write_scores(open_loop(assistant, assistant.dataset(cfg.json, cfg.image_dir), cfg), out)
     data = assistant.dataset(cfg.json, cfg.image_dir)
     results = score(assistant, data, cfg)
     if not results:
         raise UserError(f"{cfg.json}: nothing to score")
     scores = summary(results)
     print_table(scores)
-    out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(scores | {"answers": results}, indent=1, ensure_ascii=False))
     contact_sheet(results, data, out.with_name("samples.png"), blank_images=cfg.blank_images)
-    print(f"scores   {out}\npictures {out.with_name('samples.png')}")
+    write_scores(scores | {"answers": results}, out)
+    print(f"pictures {out.with_name('samples.png')}")
 
 
 if __name__ == "__main__":

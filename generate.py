@@ -84,14 +84,17 @@ class Assistant:
 
         key: the dataset whose units are meant; not needed where the policy knows only one.
         """
+        return self.act_on([self.example(QUESTION.format(instruction=text.strip().rstrip(".").lower()), images)
+                            for images, text in zip(pictures, instructions, strict=True)], key)
+
+    @torch.inference_mode()
+    def act_on(self, examples, key=""):
+        """Examples of one step each, as `dataset` yields them -> actions (n, A)."""
         key, policy = self.policy.key(key), self.policy
-        examples = [self.example(QUESTION.format(instruction=text.strip().rstrip(".").lower()), images)
-                    for images, text in zip(pictures, instructions, strict=True)]
         allowed = list(range(policy.end - BINS, policy.end))            # only actions: a policy can't answer in words
-        with torch.inference_mode():
-            ids = self.answer_ids(examples, policy.dimensions, min_new_tokens=policy.dimensions,
-                                  prefix_allowed_tokens_fn=lambda *_: allowed)
-        return policy.decode(ids, key)
+        ids = self.answer_ids(examples, policy.dimensions, min_new_tokens=policy.dimensions,
+                              prefix_allowed_tokens_fn=lambda *_: allowed)
+        return policy.decode(ids, key)                                                                 # (n, A)
 
     def answer_ids(self, examples, max_new_tokens=256, streamer=None, **options):
         """-> one list of new ids per example, end token included. Prompts are padded on the left, so that all end where

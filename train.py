@@ -101,6 +101,8 @@ def main(cfg):
         print_opening(model, files[0], len(data), sampler, total)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage, dynamic_ncols=True)
+    if policy and rank == 0:
+        checkpoint.write_text(run / "dataset_statistics.json", json.dumps(policy.statistics, indent=2))
     about = {"parts": parts} | ({"actions": policy.saved()} if policy else {})      # what a checkpoint says of itself
     stop, saved = Stop(), step
     with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:

@@ -13,10 +13,11 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov
                           LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel)
 
 import checkpoint
+from config import TRAINS
 from data import IGNORE, IMAGE, collate
 from generate import Assistant
 from model import PARTS, VLM, VisionBackbone, load_vision, make_projector
-from train import count_together, train_step
+from train import count_together, right_tokens, train_step
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8)
 VISION = {"clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZE)),
@@ -50,7 +51,7 @@ def tiny_vlm(vision="siglip", llm="llama", stage="finetune"):
     torch.manual_seed(0)
     backbone = VisionBackbone([VISION[vision]()])
     model = VLM(backbone, make_projector("gelu-mlp", backbone.width, 32), tiny_llm(llm))
-    model.set_stage(stage)
+    model.set_trained(TRAINS[stage].split(","))
     return model
 
 
@@ -62,7 +63,7 @@ def example(i, pictures=1):
     labels = torch.full_like(input_ids, IGNORE)
     labels[-(i + 1):] = text[-(i + 1):]
     return {"id": str(i), "input_ids": input_ids, "labels": labels,
-            "images": [[torch.randn(3, 16, 16, generator=generator)] for _ in range(pictures)], "replaced": 0}
+            "images": [[torch.randn(3, 16, 16, generator=generator)] for _ in range(pictures)], "replaced": 0, "key": "test"}
 
 
 def batches(sizes, pictures=1):
@@ -120,7 +121,7 @@ def one_step(model, micro_batches, optimizer, max_norm=1.0):
     model.no_sync = nullcontext
     cpu = torch.device("cpu")
     tokens = count_together(micro_batches, False, cpu)["tokens"]
-    loss, _ = train_step(model, micro_batches, tokens, max_norm, cpu, False)
+    loss, _, _ = train_step(model, micro_batches, tokens, max_norm, cpu, False, right_tokens)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss
@@ -137,7 +138,7 @@ def gradients(model, cut, weigh=None):
         one_step(model, cut, optimizer, max_norm=1e9)
         return grabbed
     for batch in cut:
-        loss = model(batch["input_ids"], batch["labels"], batch["pixel_values"])
+        loss, _ = model(batch["input_ids"], batch["labels"], batch["pixel_values"])
         (loss / (batch["labels"][:, 1:] != IGNORE).sum() * weigh).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -169,7 +170,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
         calls = []
         model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         assert_same_gradients(gradients(model, batches((3, 5))), want)
-        loss = model(**{k: v for k, v in batches([2])[0].items() if k in ("input_ids", "labels", "pixel_values")})
+        loss = model(**{k: v for k, v in batches([2])[0].items() if k in ("input_ids", "labels", "pixel_values")})[0]
         calls.clear()
         loss.backward()
         assert len(calls) == 1, f"{stage}: the layer was not run again in backward"
@@ -178,9 +179,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
 def test_padding_changes_nothing():
     model = tiny_vlm().eval()
     alone = [collate([example(i)]) for i in range(4)]
-    total = sum(model(b["input_ids"], b["labels"], b["pixel_values"]) for b in alone)
+    total = sum(model(b["input_ids"], b["labels"], b["pixel_values"])[0] for b in alone)
     batch = collate([example(i) for i in range(4)])
-    assert_close(model(batch["input_ids"], batch["labels"], batch["pixel_values"]), total, rtol=1e-5, atol=1e-5)
+    assert_close(model(batch["input_ids"], batch["labels"], batch["pixel_values"])[0], total, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
@@ -252,7 +253,7 @@ def test_the_answer_depends_on_the_picture():
     model, one = tiny_vlm().eval(), example(3)
     black = one | {"images": [[-torch.ones(3, 16, 16)]]}
     with torch.no_grad():
-        seen, blind = (model(b["input_ids"], b["labels"], b["pixel_values"]) for b in map(collate, ([one], [black])))
+        seen, blind = (model(b["input_ids"], b["labels"], b["pixel_values"])[0] for b in map(collate, ([one], [black])))
     assert abs(seen - blind) > 1e-3
 
 

@@ -1,0 +1,250 @@
+"""actions.py, and the stage that trains on episodes."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data as data_module
+from actions import BINS, ActionTokens, compute_statistics, end_of_actions, read_actions
+from config import UserError
+from data import IGNORE, BadExample, Language, collate
+from helpers import PATCHES, dataset, make_tokenizer, picture, talk
+from test_train import ROOT, run_train, weights
+
+UNIT = {"arm": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}}}
+KINDS = ("llama", "qwen", "gpt2", "phi", "smollm")
+
+
+def episodes(count=3, steps=4, dimensions=3):
+    rng = np.random.default_rng(0)
+    return [{"id": f"e{e}", "instruction": "Push the button.", "steps": [
+        {"image": "a.png", "action": rng.uniform(-2, 5, dimensions).round(3).tolist()} for _ in range(steps)]}
+        for e in range(count)]
+
+
+def policy_and_data(folder, rows, kind="llama", **how):
+    picture(folder / "a.png")
+    language = Language(make_tokenizer(kind, filler=300), "plain")
+    policy = ActionTokens(end_of_actions(language.tokenizer), {})
+    data = dataset(folder, rows, language, policy=policy, **how)
+    policy.learn_units(data)
+    return policy, data
+
+
+# ---- ids ----
+
+def test_ids_are_those_of_openvla_with_llama():
+    """vocabulary 32,000: bin 1 is id 31999, bin 256 is 31744; 256 edges make 255 centers, 2/255 apart."""
+    policy = ActionTokens(32000, UNIT)
+    assert policy.encode([[-1.0], [-0.999], [0.0], [0.5], [0.999], [1.0], [7.0]], "arm").ravel().tolist() == [
+        31999, 31999, 31872, 31808, 31745, 31744, 31744]
+    assert policy.decode([[31999], [31872], [31744]], "arm").ravel() == pytest.approx([-254 / 255, 0.0, 254 / 255])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_bin_survives_the_round_trip_and_is_no_control_token(kind):
+    tokenizer = make_tokenizer(kind, filler=300)
+    policy = ActionTokens(end_of_actions(tokenizer), UNIT)
+    ids = np.arange(policy.end - BINS, policy.end)
+    assert not set(ids.tolist()) & set(tokenizer.all_special_ids) and ids.min() > 0
+    centers = policy.decode(ids[:, None], "arm")
+    again = policy.encode(centers, "arm").ravel()
+    assert (again[1:] == ids[1:]).all() and again[0] == ids[1]      # the last edge has no center of its own
+    assert np.abs(policy.decode(policy.encode(centers + 0.003, "arm"), "arm") - centers).max() < 2 / 255 + 1e-9
+
+
+def test_control_tokens_at_the_end_of_the_vocabulary_are_left_alone():
+    """GPT-2's end of text is its last id. With id = vocabulary size - bin, the end and a far left would be one."""
+    class Gpt2:
+        vocab_size, all_special_ids = 50257, [50256]
+
+    class Llama:
+        vocab_size, all_special_ids = 32000, [0, 1, 2]
+    assert (end_of_actions(Gpt2()), end_of_actions(Llama())) == (50256, 32000)
+
+
+def test_a_vocabulary_that_is_too_small_is_an_error():
+    class Small:
+        vocab_size, all_special_ids = 300, [299]
+    with pytest.raises(UserError, match="cannot spare 256"):
+        end_of_actions(Small())
+
+
+# ---- units ----
+
+def test_statistics_are_openvlas_and_hardly_moving_dimensions_are_named(capsys):
+    actions = np.stack([np.linspace(0, 10, 101), np.full(101, 0.5), np.arange(101) % 2], axis=1)
+    of = compute_statistics(actions, 7, keep=(2,))
+    assert of["action"]["q01"] == pytest.approx([0.1, 0.5 - 5e-7, 0.0])
+    assert of["action"]["q99"] == pytest.approx([9.9, 0.5 + 5e-7, 1.0])
+    assert of["action"]["min"] == [0, 0.5, 0] and of["action"]["max"] == [10, 0.5, 1] and of["action"]["mean"][0] == 5
+    assert of["action"]["mask"] == [True, True, False]
+    assert (of["num_transitions"], of["num_trajectories"]) == (101, 7)
+    assert "action dimension 1 hardly moves" in capsys.readouterr().err
+    policy = ActionTokens(1000, {"arm": of})
+    back = policy.decode(policy.encode(actions, "arm"), "arm")
+    assert np.abs(back - actions)[1:-1, 0].max() < 9.8 / 255                # a bin is 9.8 / 255 wide
+    assert np.abs(back - actions)[:, 1].max() < 1e-6 and np.abs(back - actions)[:, 2].max() < 1 / 128
+
+
+def test_several_datasets_need_a_key_and_a_wrong_one_lists_them():
+    policy = ActionTokens(1000, {"arm": UNIT["arm"], "leg": UNIT["arm"]})
+    assert policy.key("leg") == "leg" and ActionTokens(1000, UNIT).key() == "arm"
+    for wrong in ("", "tail"):
+        with pytest.raises(UserError, match="knows the datasets arm, leg"):
+            policy.key(wrong)
+
+
+# ---- episodes ----
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_episode_step_is_an_example_whose_reply_is_its_action(tmp_path, kind):
+    policy, data = policy_and_data(tmp_path, episodes(), kind)
+    assert len(data) == 12
+    example = data[5]
+    learned = example["labels"][example["labels"] != IGNORE].tolist()
+    assert learned == policy.encode(episodes()[1]["steps"][1]["action"], "d").tolist() + [data.language.stop]
+    assert example["id"] == "e1/1" and data.row(5)["conversations"][0]["value"] == (
+        "<image>\nWhat action should the robot take to push the button?")
+    lengths, has_image = data.lengths()
+    assert lengths[5] == len(example["input_ids"]) and has_image.all()
+    ask = dataset(tmp_path, episodes(), data.language, policy=policy, ask=True)
+    assert example["input_ids"].tolist() == ask[5]["input_ids"].tolist() + learned     # training = inference + action
+    assert ask[5]["input_ids"].tolist().count(data_module.IMAGE) == PATCHES
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(instruction=3), "'instruction' must be a text, found '3'"),
+    (dict(steps=[]), "'steps' must be a list with at least one step"),
+    (dict(steps=[{"action": [1]}]), "step 0 must have a file name, or a list of them, under 'image'"),
+    (dict(steps=[{"image": "a.png", "action": [1, 2]}]), "step 0: 'action' must be 3 finite numbers, found [1, 2]"),
+    (dict(steps=[{"image": "a.png", "action": [1, 2, float("nan")]}]), "must be 3 finite numbers, found [1, 2, nan]"),
+    (dict(steps=[{"image": "a.png", "action": "left"}]), "must be 3 finite numbers, found left"),
+])
+def test_a_bad_episode_is_named(tmp_path, change, message):
+    rows = episodes()
+    rows[1] |= change
+    with pytest.raises(UserError) as e:
+        policy_and_data(tmp_path, rows)
+    assert "d.json" in str(e.value) and "id='e1'" in str(e.value) and message in str(e.value)
+
+
+def test_conversations_and_episodes_are_not_mixed_up(tmp_path):
+    language = Language(make_tokenizer("llama", filler=300), "plain")
+    with pytest.raises(UserError, match="episodes are for --stage vla"):
+        dataset(tmp_path, episodes(), language)
+    with pytest.raises(UserError, match="must hold episodes"):
+        dataset(tmp_path, [{"conversations": talk("a", "b")}], language, policy=ActionTokens(400, {}))
+
+
+def test_augmentation_depends_on_seed_epoch_and_example_only(tmp_path):
+    _, data = policy_and_data(tmp_path, episodes(), augment=3)
+    Image.effect_noise((12, 8), 90).convert("RGB").save(tmp_path / "a.png")
+    first, other = data[0]["images"][0][0], data[1]["images"][0][0]
+    assert torch.equal(first, data[0]["images"][0][0]) and not torch.equal(first, other)
+    data.epoch.fill_(1)
+    assert not torch.equal(first, data[0]["images"][0][0])
+
+
+def test_the_center_crop_keeps_nine_tenths_of_the_area():
+    image = Image.new("RGB", (100, 200), "red")
+    image.paste("blue", (3, 6, 97, 194))
+    assert data_module.crop(image, 0.5, 0.5).size == (95, 190)
+    assert data_module.crop(image, 0.5, 0.5).getpixel((47, 95)) == (0, 0, 255)
+    assert data_module.crop(image, 0.0, 0.0).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_the_score_is_the_error_in_physical_units(tmp_path):
+    policy, data = policy_and_data(tmp_path, episodes())
+    batch = collate([data[i] for i in range(3)])
+    assert not isinstance(batch, BadExample)
+    targets = batch["labels"][:, 1:]
+    predicted = targets[targets != IGNORE].clone()
+    assert policy.metrics(policy.score(batch, predicted).tolist()) == {"accuracy": 1.0, "l1": [0.0, 0.0, 0.0]}
+    predicted[1] += 10                                      # the second dimension of the first example, ten bins lower
+    metrics = policy.metrics(policy.score(batch, predicted).tolist())
+    of = policy.statistics["d"]["action"]
+    assert metrics["accuracy"] == pytest.approx(8 / 9)
+    assert metrics["l1"] == pytest.approx([0, 10 / 255 * (of["q99"][1] - of["q01"][1]) / 3, 0])
+
+
+# ---- the stage ----
+
+@pytest.fixture(scope="module")
+def robot(tmp_path_factory):
+    """Twelve episodes of four steps: the brightness of the picture is the action."""
+    folder = tmp_path_factory.mktemp("robot")
+    (folder / "images").mkdir()
+    rows = []
+    for e in range(12):
+        steps = []
+        for s in range(4):
+            bright = (e * 4 + s) / 48
+            Image.new("RGB", (96, 96), (int(255 * bright),) * 3).save(folder / "images" / f"{e}_{s}.png")
+            steps.append({"image": f"{e}_{s}.png", "action": [bright, -bright]})
+        rows.append({"id": str(e), "instruction": "show it", "steps": steps})
+    (folder / "lamp.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """An untrained VLM of the toy's backbones, as a checkpoint to start from."""
+    import toy
+    world = tmp_path_factory.mktemp("world")
+    toy.write(world, seed=5, scale=0.01)
+    return run_train(world, tmp_path_factory.mktemp("base"), "--max_steps", "1")[1]
+
+
+def train_robot(robot, base, root, *flags, **how):
+    return run_train(robot, root, "--ckpt", str(base), "--train_json", str(robot / "lamp.json"), "--learning_rate",
+                     "1e-3", *flags, stage="vla", **how)
+
+
+def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, tmp_path):
+    one, run, _ = train_robot(robot, base, tmp_path / "1", "--max_steps", "20")
+    two, _, _ = train_robot(robot, base, tmp_path / "2", "--max_steps", "20", "--per_device_batch_size", "2", ranks=2)
+    for got, want in zip(two, one, strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4) and got["tokens"] == want["tokens"] == 8 * 3
+        assert len(got["l1"]) == 2
+    assert one[-1]["loss"] < 0.8 * one[0]["loss"]
+    state = json.loads((run / "step-00000020" / "state.json").read_text())
+    assert state["actions"]["bins"] == 256 and state["actions"]["statistics"]["lamp"]["num_trajectories"] == 12
+    assert json.loads((run / "dataset_statistics.json").read_text()) == state["actions"]["statistics"]
+
+    from generate import Assistant
+    assistant = Assistant(run)
+    images = [[Image.open(robot / "images" / f"{e}_0.png").convert("RGB")] for e in (0, 5, 11)]
+    actions = assistant.act(images, ["show it"] * 3)
+    assert actions.shape == (3, 2)
+    low, high = (np.array(state["actions"]["statistics"]["lamp"]["action"][q]) for q in ("q01", "q99"))
+    assert (actions >= low).all() and (actions <= high).all()
+    for i in range(3):                                      # batched = one by one
+        assert (assistant.act(images[i:i + 1], ["show it"])[0] == actions[i]).all()
+
+
+def test_only_the_named_parts_train(robot, base, tmp_path):
+    _, run, printed = train_robot(robot, base, tmp_path, "--max_steps", "2", "--trains", "projector,llm.last")
+    before, after = weights(base), weights(run)
+    assert before.keys() == after.keys()
+    for name in before:
+        trains = name.startswith("projector") or ".h.3." in name or ".wte." in name
+        assert torch.equal(before[name], after[name]) != trains, name
+    assert "frozen vision 0.93M, llm 0.7" in printed
+    printed = train_robot(robot, base, tmp_path, "--trains", "projector,hands", ok=False)[2]
+    assert "--trains projector,hands: choose from vision, projector, llm, llm.last" in printed
+
+
+def test_a_mixture_repeats_a_file_within_an_epoch(robot, base, tmp_path):
+    files = f"{robot / 'lamp.json'},{robot / 'lamp.json'}"
+    metrics, _, printed = train_robot(robot, base, tmp_path, "--train_json", files, "--mixture", "3,1", "--max_steps", "2")
+    assert len(metrics) == 2 and "192 examples" in printed and "24 an epoch" in printed
+    assert (ROOT / "actions.py").exists()
+
+
+def test_one_action_costs_one_token_per_dimension(tmp_path):
+    policy, data = policy_and_data(tmp_path, episodes(dimensions=7))
+    assert policy.dimensions == 7 and read_actions(data).shape == (12, 7)
+    assert (data[0]["labels"] != IGNORE).sum() == 8
