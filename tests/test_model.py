@@ -207,7 +207,7 @@ def test_the_forward_is_that_of_transformers_llava(pictures):
         x = ours.embed(batch["input_ids"], batch["pixel_values"])
         real = batch["attention_mask"]
         assert_close(ours.llm(inputs_embeds=x).logits[real], want.logits[real], rtol=1e-4, atol=1e-5)
-        loss = ours(batch["input_ids"], batch["labels"], batch["pixel_values"])
+        loss, _ = ours(batch["input_ids"], batch["labels"], batch["pixel_values"])
     count = (batch["labels"][:, 1:] != IGNORE).sum()
     assert_close(loss / count, want.loss, rtol=1e-5, atol=1e-5)
     full = cross_entropy(want.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
