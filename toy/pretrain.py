@@ -187,7 +187,7 @@ def batches(rng, tokenizer, turn, batch, pool=8):
 
 def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
     """One round. The second goes on from what the first wrote."""
-    tokenizer = make_tokenizer()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm") if turn else make_tokenizer()
     # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
