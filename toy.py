@@ -128,20 +128,11 @@ def ask_shape(scene, rng):
 
 
 def ask_count(scene, rng):
-    kind = rng.randrange(3)
-    if kind == 0:
+    if rng.random() < 0.5:
         return "How many shapes are there?", NUMBERS[len(scene)]
-    color, shape = some(scene, rng)
-    if kind == 1:
-        return f"How many {color} shapes are there?", NUMBERS[sum(t.color == color for t in scene)]
-    return f"How many {shape}s are there?", NUMBERS[sum(t.shape == shape for t in scene)]
-
-
-def some(scene, rng):
-    """A color and a shape, three times in four one that the scene has: or most answers would be `zero` and `no`."""
-    thing = rng.choice(scene)
-    return (thing.color if rng.random() < 0.75 else rng.choice(list(COLORS)),
-            thing.shape if rng.random() < 0.75 else rng.choice(SHAPES))
+    # Three times in four a color that the scene has: or most answers would be `zero`.
+    color = rng.choice(scene).color if rng.random() < 0.75 else rng.choice(list(COLORS))
+    return f"How many {color} shapes are there?", NUMBERS[sum(thing.color == color for thing in scene)]
 
 
 def ask_position(scene, rng):
@@ -185,12 +176,12 @@ def ask_two(first, second, rng):
         n, m = len(first), len(second)
         return "Which picture has more shapes?", "same" if n == m else "first" if n > m else "second"
     thing = rng.choice(first + second)
-    name, value = rng.choice((("shape", thing.shape), ("color", thing.color)))
-    one, two = (any(getattr(t, name) == value for t in scene) for scene in (first, second))
-    what = a_or_an(value) + ("" if name == "shape" else " shape")
+    what = f"{a_or_an(thing.color)} {thing.shape}"
+    one, two = (any((t.color, t.shape) == (thing.color, thing.shape) for t in scene) for scene in (first, second))
     if kind == 1:
         return f"Which picture has {what}?", "both" if one and two else "first" if one else "second"
-    return f"Do both pictures have {what}?", yes_or_no(one and two)
+    name, truth = rng.choice((("first", one), ("second", two)))
+    return f"Is there {what} in the {name} picture?", yes_or_no(truth)
 
 
 def ask_reverse(rng):

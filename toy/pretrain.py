@@ -115,7 +115,8 @@ def asked(question, answer):
 
 
 # What a text is about: caption, caption on request, questions on one map, questions on two maps, no map.
-MIX = ((0.20, 0.05, 0.35, 0.15, 0.25), (0.08, 0.04, 0.33, 0.27, 0.28))   # of each round: the second has more of what is hard
+# The second round has more of what is hard.
+MIX = ((0.20, 0.05, 0.35, 0.15, 0.25), (0.08, 0.04, 0.28, 0.30, 0.30))
 
 
 def document(rng, turn=0):
@@ -186,7 +187,7 @@ def batches(rng, tokenizer, turn, batch, pool=8):
 
 def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
     """One round. The second goes on from what the first wrote."""
-    tokenizer = make_tokenizer()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm") if turn else make_tokenizer()
     # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
@@ -254,7 +255,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
     parser.add_argument("--vision_steps", type=int, default=1500)
-    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 5000),
+    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 10000),
                         help="of each round; 0 writes a random model, to compare with")
     parser.add_argument("--first_round", type=int, default=0, help="1 goes on from the llm that is there")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
