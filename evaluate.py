@@ -42,6 +42,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+import toy_robot
 from actions import read_actions
 from data import BadExample, images_of, read_image
 from generate import Assistant
@@ -161,6 +162,29 @@ def open_loop(assistant, data, cfg):
     return {"l1": errors, "count": len(wanted)}
 
 
+def rollouts(assistant, cfg, out):
+    """Success rate of the policy in the toy robot's world, and film strips."""
+    def policy(pictures, instructions):
+        if cfg.blank_images:
+            pictures = [Image.new("RGB", picture.size) for picture in pictures]
+        if cfg.wrong_instruction:                           # the same two things, the other way round
+            pairs = [text.removeprefix("put the ").split(" on the ") for text in instructions]
+            instructions = [f"put the {target} on the {thing}" for thing, target in pairs]
+        return np.concatenate([assistant.act([[picture] for picture in pictures[i:i + cfg.batch_size]],
+                                             instructions[i:i + cfg.batch_size], cfg.unnorm_key)
+                               for i in range(0, len(pictures), cfg.batch_size)])
+    scores, shown = {}, []
+    for kind, unseen in (("unseen layouts", False), ("unseen pairs", True)):
+        results = toy_robot.rollout(policy, cfg.rollouts, unseen)
+        scores[kind] = {"success": sum(result["success"] for result in results) / len(results), "count": len(results)}
+        print(f"{kind:<16} {scores[kind]['success']:7.1%}   of {len(results)}", flush=True)
+        shown += results
+    out.parent.mkdir(parents=True, exist_ok=True)
+    toy_robot.film_strips(shown, out.with_name("rollouts.png"))
+    print(f"pictures {out.with_name('rollouts.png')}")
+    return scores
+
+
 def write_scores(scores, out):
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(scores, indent=1, ensure_ascii=False))
@@ -171,6 +195,8 @@ def main(cfg):
     assistant = Assistant(cfg.ckpt)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
     if cfg.rollouts:
+        if not assistant.policy:
+            raise UserError(f"--rollouts needs a policy; {cfg.ckpt} was not trained by --stage vla")
         return write_scores(rollouts(assistant, cfg, out), out)
     if assistant.policy:
         return write_scores(open_loop(assistant, assistant.dataset(cfg.json, cfg.image_dir), cfg), out)
