@@ -115,7 +115,7 @@ def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp
     _, _, printed = run_train(world, tmp_path, *flags)
     assert "this run is finished" in printed
     _, _, printed = run_train(world, tmp_path, *flags, "--learning_rate", "0.5", ok=False)
-    assert "--learning_rate was 0.001, is 0.5" in printed
+    assert "--learning_rate was 0.0005, is 0.5" in printed
 
 
 def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(world, tmp_path):
