@@ -1,18 +1,21 @@
 """A robot in the drawn world: the default data of stage `vla`. Nothing is downloaded.
 
-A table seen from above, two to four colored shapes as in toy.py, and a gripper. The task is one sentence, such as "put the
-red circle on the blue square". An action is (dx, dy, grip): pixels to move, at most STEP each; grip 1 = open, 0 = close.
+A table seen from above, two to four colored shapes as in toy.py, and a gripper. The task is one sentence,
+such as "put the red circle on the blue square". Places are in pixels of the picture, x to the right, y down.
+An action is (dx, dy, grip): pixels to move, at most STEP each; grip 1 = open, 0 = close.
 
-    python toy_robot.py           # writes data/toy_robot: episodes of a scripted expert; `train.py` does it by itself
+    python toy_robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
 
-The expert's next action depends only on what the picture shows, so a policy can learn it from single pictures. While it is
-recorded, noise pushes the gripper off its way and opens or closes it at the wrong time: the data shows how to recover.
+The expert's next action depends only on what the picture shows: a policy can learn it from single pictures.
+While it is recorded, noise pushes the gripper off its way and opens or closes it at the wrong time: so the
+data shows how to recover.
 """
 import argparse
 import json
 import random
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -20,44 +23,84 @@ from PIL import Image, ImageDraw, ImageFont
 import toy
 
 STEP = 8.0                                                  # pixels per action and axis, at most
-REACH = 7.0                                                 # a closing gripper takes a thing that is so near [pixels]
-NEAR = 4.0                                                  # the expert closes and opens from here [pixels]
+REACH = 7.0                                                 # a closing gripper takes what is so near [pixels]
+SPEED = 4.0                                                 # the expert moves by multiples of it [pixels]
+NEAR = 6.0                                                  # the expert closes, opens from here [pixels]
 ON = 8.0                                                    # "on" = centers so near [pixels]
+MARGIN = 13.0                                               # the gripper stays so far from the edge
 MOST_STEPS = 40
 
 
+class Task(NamedTuple):
+    """What is to be done in which scene: `thing` and `target` are indices into the scene."""
+    scene: tuple
+    thing: int
+    target: int
+
+    def __str__(self):
+        return f"put the {self.scene[self.thing]} on the {self.scene[self.target]}"
+
+
+def unseen_layout(scene):
+    """One scene in five never occurs in training: decided by its words, so whatever the seed."""
+    return zlib.crc32(toy.caption(scene).encode()) % 5 == 0
+
+
 def unseen_pair(thing, target):
-    """One pair in eight never occurs in training. Decided by its name, so it is the same everywhere."""
-    return zlib.crc32(f"{thing} on {target}".encode()) % 8 == 0
+    """In training nothing is put on the color that follows its own in toy.COLORS: no red on green, ...
+
+    So a sixth of the pairs of colors is new, while every thing was moved and was a target. There are more
+    pairs of things than episodes: to leave out some of those would not differ much from chance.
+
+    >>> unseen_pair("red circle", "green star"), unseen_pair("green star", "red circle")
+    (True, False)
+    """
+    colors = list(toy.COLORS)
+    first, second = (colors.index(name.split()[0]) for name in (thing, target))
+    return second == (first + 1) % len(colors)
+
+
+def random_task(rng, kind="training"):
+    """`kind`: "training", "unseen layouts" or "unseen pairs", whose layouts are unseen as well."""
+    while True:
+        scene = toy.random_scene(rng)
+        thing, target = rng.sample(range(len(scene)), 2)
+        if (unseen_layout(scene) == (kind != "training")
+                and unseen_pair(str(scene[thing]), str(scene[target])) == (kind == "unseen pairs")):
+            return Task(scene, thing, target)
+
+
+def anywhere(rng):
+    return np.array([rng.uniform(MARGIN, toy.PIXELS - MARGIN) for _ in range(2)])
 
 
 class Table:
-    """One scene with a gripper and a task. `unseen`: tasks of the pairs left out of training, or of the others."""
+    """A task's scene on a table, and a gripper over it."""
 
-    def __init__(self, rng, unseen=False):
-        self.rng = rng
-        while True:
-            scene = toy.random_scene(rng)
-            thing, target = rng.sample(range(len(scene)), 2)
-            if unseen_pair(self.name(scene[thing]), self.name(scene[target])) == unseen:
-                break
-        self.scene, self.thing, self.target = scene, thing, target
-        cell = toy.PIXELS / 3
-        self.places = np.array([((t.cell % 3 + 0.5) * cell + rng.uniform(-3, 3),
-                                 (t.cell // 3 + 0.5) * cell + rng.uniform(-3, 3)) for t in scene])       # (things, 2)
-        self.looks = [(tuple(min(255, int(c * shade)) for c in toy.COLORS[t.color]), rng.uniform(9.5, 12.5),
-                       rng.uniform(-0.25, 0.25)) for t in scene for shade in (rng.uniform(0.88, 1.05),)]
-        self.gripper = np.array([rng.uniform(12, toy.PIXELS - 12) for _ in range(2)])
-        self.open, self.held = True, None
-        self.instruction = f"put the {self.name(scene[thing])} on the {self.name(scene[target])}"
+    def __init__(self, task, rng):
+        self.task, self.instruction = task, str(task)
+        cell, paper = toy.PIXELS / 3, rng.randint(225, 250)
+        self.paper = (paper, paper, paper - rng.randint(0, 12))
+        self.places = np.array([((t.cell % 3 + 0.5) * cell + rng.uniform(-3, 3),            # (things, 2)
+                                 (t.cell // 3 + 0.5) * cell + rng.uniform(-3, 3)) for t in task.scene])
+        self.looks = []                                     # color, radius, angle: varied as by toy.draw
+        for thing in task.scene:
+            shade = rng.uniform(0.88, 1.05)
+            color = tuple(min(255, int(c * shade) + rng.randint(-8, 8)) for c in toy.COLORS[thing.color])
+            self.looks.append((color, rng.uniform(9.5, 12.5), rng.uniform(-0.25, 0.25)))
+        self.stack = list(range(len(task.scene)))           # from below: what was taken last lies on top
+        self.gripper, self.open, self.held = anywhere(rng), True, None
 
-    @staticmethod
-    def name(thing):
-        return f"{thing.color} {thing.shape}"
+    def take(self, i):
+        self.open, self.held = False, i
+        self.places[i] = self.gripper                       # the fingers center it: it looks held
+        self.stack.remove(i)
+        self.stack.append(i)
 
     def step(self, action):
         """(dx, dy, grip): first the gripper moves, with what it holds, then it opens or closes."""
-        self.gripper = np.clip(self.gripper + np.clip(action[:2], -STEP, STEP), 6, toy.PIXELS - 6)
+        move = np.clip(action[:2], -STEP, STEP)
+        self.gripper = np.clip(self.gripper + move, MARGIN, toy.PIXELS - MARGIN)
         if self.held is not None:
             self.places[self.held] = self.gripper
         self.open = bool(action[2] > 0.5)
@@ -65,54 +108,65 @@ class Table:
             self.held = None
         elif self.held is None:
             far = np.linalg.norm(self.places - self.gripper, axis=1)
-            # What was put down last lies on top; the thing of the task is asked first, as it can only be on top.
-            near = [i for i in (self.thing, *np.argsort(far)) if far[i] <= REACH]
-            if near:
-                self.held = int(near[0])
-                self.places[self.held] = self.gripper
+            nearest = min(reversed(self.stack), key=lambda i: far[i])       # of equally near ones: the upper
+            if far[nearest] <= REACH:
+                self.take(nearest)
 
-    def success(self):
-        return self.held != self.thing and np.linalg.norm(self.places[self.thing] - self.places[self.target]) <= ON
+    def success(self, task=None):
+        """The thing lies on the target and nothing is held. The target on the thing is another task."""
+        thing, target = (task or self.task)[1:]
+        on_top = self.stack.index(thing) > self.stack.index(target)
+        far = np.linalg.norm(self.places[thing] - self.places[target])
+        return bool(self.held is None and on_top and far <= ON)
 
-    def expert(self):
-        """The next action towards the goal."""
-        def towards(place, at_place, on_the_way):
-            way = place - self.gripper
-            near = np.linalg.norm(way) <= NEAR
-            return np.array([*(way * min(1.0, STEP / max(np.abs(way).max(), 1e-9))), at_place if near else on_the_way])
-        if self.success():
-            return np.array([0.0, 0.0, 1.0])                # done: stay, open
-        if self.held == self.thing:
-            return towards(self.places[self.target], 1.0, 0.0)
-        if self.held is not None:
-            return np.array([0.0, 0.0, 1.0])                # the wrong thing: let it go
-        return towards(self.places[self.thing], 0.0, 1.0)
+    def expert(self, task=None):
+        """The next action towards the goal of the task (its own, if not told another)."""
+        thing, target = (task or self.task)[1:]
+        if self.success(task) or self.held not in (None, thing):
+            return np.array([0.0, 0.0, 1.0])                # done, or the wrong thing is held: stay, open
+        holds = self.held == thing
+        way = self.places[target if holds else thing] - self.gripper
+        near = np.linalg.norm(way) <= NEAR
+        # Each axis by itself and in few speeds: "left, fast" is easier to learn from a picture than an angle.
+        move = np.clip(np.round(way / SPEED) * SPEED, -STEP, STEP)
+        return np.array([*move, float(near == holds)])      # near: close on the thing, open over the target
 
     def picture(self):
-        fine = 3
-        image = Image.new("RGB", (toy.PIXELS * fine,) * 2, (238, 238, 232))
+        fine = 3                                            # as toy.draw: drawn larger, then averaged
+        image = Image.new("RGB", (toy.PIXELS * fine,) * 2, self.paper)
         canvas = ImageDraw.Draw(image)
-        order = [i for i in range(len(self.scene)) if i != self.thing] + [self.thing]
-        for i in order:
+        for i in self.stack:
             color, radius, angle = self.looks[i]
             x, y = self.places[i] * fine
-            toy.draw_shape(canvas, self.scene[i].shape, color, x, y, radius * fine, angle)
+            toy.draw_shape(canvas, self.task.scene[i].shape, color, x, y, radius * fine, angle)
         x, y = self.gripper * fine
-        gap, dark = (14 if self.open else 8) * fine, (40, 40, 46)
+        gap, dark = (13 if self.open else 7) * fine, (40, 40, 46)
         for side in (-gap, gap):                            # two fingers and what joins them
-            canvas.rectangle((x + side - 2 * fine, y - 9 * fine, x + side + 2 * fine, y + 9 * fine), fill=dark)
+            finger = (x + side - 2 * fine, y - 9 * fine, x + side + 2 * fine, y + 9 * fine)
+            canvas.rectangle(finger, fill=dark)
         canvas.rectangle((x - gap, y - 12 * fine, x + gap, y - 8 * fine), fill=dark)
         return image.reduce(fine)
 
 
-def record(rng, noise=2.0, slip=0.06):
-    """One episode of the expert: [(picture, action), ...]. What is written down is its answer to what the picture shows;
-    what happens differs by noise [pixels], and the grip slips now and then."""
-    table, steps, done = Table(rng), [], 0
-    if rng.random() < 0.3:                                  # begin in the middle: the thing is already held
-        table.gripper = table.places[table.thing] = np.array([rng.uniform(12, toy.PIXELS - 12) for _ in range(2)])
-        table.open, table.held = False, table.thing
-    while len(steps) < MOST_STEPS and done < 2:
+def random_start(table, rng):
+    """Sometimes begins where the expert seldom comes: with the thing held, with a wrong one, or closed."""
+    luck = rng.random()
+    if luck < 0.25:
+        table.take(table.task.thing)
+    elif luck < 0.35:
+        table.take(rng.choice([i for i in table.stack if i != table.task.thing]))
+    elif luck < 0.45:
+        table.step([0, 0, 0])
+
+
+def record(task, rng, noise=2.0, slip=0.06):
+    """One episode of the expert: [(picture, action), ...].
+
+    Written down is its answer to what the picture shows. What happens has noise [pixels] and slips.
+    """
+    table, steps, done = Table(task, rng), [], 0
+    random_start(table, rng)
+    while len(steps) < MOST_STEPS and done < 2:             # twice: to be seen that it stays so
         action = table.expert()
         steps.append((table.picture(), action))
         done += table.success()
@@ -120,20 +174,21 @@ def record(rng, noise=2.0, slip=0.06):
         if rng.random() < slip:
             moved[2] = 1 - moved[2]
         table.step(moved)
-    return table.instruction, steps
+    return steps
 
 
 def write(folder, seed=0, episodes=800):
     folder, rng = Path(folder), random.Random(seed)
-    for split, count in (("val", max(1, episodes // 20)), ("train", episodes)):      # train last: who finds it finds all
+    for split, count in (("val", max(1, episodes // 20)), ("train", episodes)):  # train last: all is there
         rows = []
         for e in range(count):
-            instruction, steps = record(rng)
+            task = random_task(rng, "training" if split == "train" else "unseen layouts")
+            steps = record(task, rng)
             name = f"{split}_{e:05d}"
             (folder / "images" / name).mkdir(parents=True, exist_ok=True)
             for i, (picture, _) in enumerate(steps):
                 picture.save(folder / "images" / name / f"{i:03d}.png")
-            rows.append({"id": name, "instruction": instruction, "steps": [
+            rows.append({"id": name, "instruction": str(task), "steps": [
                 {"image": f"{name}/{i:03d}.png", "action": [round(float(a), 3) for a in action]}
                 for i, (_, action) in enumerate(steps)]})
         part = folder / f"{split}.part"
@@ -143,11 +198,16 @@ def write(folder, seed=0, episodes=800):
 
 
 def rollout(policy, count, unseen=False, seed=1000):
-    """Lets `policy(pictures, instructions) -> (n, 3)` act on `count` tables at once until each is done or time is up.
+    """Lets `policy(pictures, instructions) -> (n, 3)` act on `count` tables, each until done or time is up.
 
-    Returns a dict per table: instruction, success, pictures.
+    No layout is one of training's; `unseen`: nor is a pair of thing and target. Returns a dict per table:
+    instruction, success, pictures.
     """
-    tables = [Table(random.Random(seed + i), unseen) for i in range(count)]
+    kind = "unseen pairs" if unseen else "unseen layouts"
+    tables = []
+    for i in range(count):
+        rng = random.Random(seed + i)                       # table i is the same for any count
+        tables.append(Table(random_task(rng, kind), rng))
     films, running = [[] for _ in tables], list(range(count))
     for _ in range(MOST_STEPS):
         pictures = [tables[i].picture() for i in running]
@@ -161,7 +221,7 @@ def rollout(policy, count, unseen=False, seed=1000):
             break
     for table, film in zip(tables, films):
         film.append(table.picture())
-    return [{"instruction": table.instruction, "success": bool(table.success()), "pictures": film}
+    return [{"instruction": table.instruction, "success": table.success(), "pictures": film}
             for table, film in zip(tables, films)]
 
 
@@ -176,8 +236,9 @@ def film_strips(results, path, rows=8, columns=10):
     for row, result in enumerate(shown):
         color = "darkgreen" if result["success"] else "firebrick"
         steps = len(result["pictures"]) - 1
-        canvas.text((4, row * height + 3), f"{result['instruction']}: {'done' if result['success'] else 'not done'} after "
-                    f"{steps} steps", fill=color, font=font)
+        end = "done" if result["success"] else "not done"
+        text = f"{result['instruction']}: {end} after {steps} steps"
+        canvas.text((4, row * height + 3), text, fill=color, font=font)
         for column, i in enumerate(np.linspace(0, steps, min(columns, steps + 1)).astype(int)):
             sheet.paste(result["pictures"][i], (column * (toy.PIXELS + 4), row * height + 19))
     sheet.save(path)
@@ -186,6 +247,6 @@ def film_strips(results, path, rows=8, columns=10):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", default="data/toy_robot", help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other episodes (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=800, help="episodes for training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another world (%(default)s)")
+    parser.add_argument("--episodes", type=int, default=800, help="how many for training (%(default)s)")
     write(**vars(parser.parse_args()))

@@ -1,4 +1,5 @@
-"""toy_robot.py: the expert does what it is told, noise and slips included; guessing does not."""
+"""toy_robot.py: the expert does what it is told, noise included; guessing or being told wrong fails."""
+import doctest
 import json
 import random
 
@@ -6,59 +7,117 @@ import numpy as np
 import pytest
 
 import toy_robot
-from toy_robot import MOST_STEPS, STEP, Table, record, rollout, unseen_pair
+from toy_robot import MOST_STEPS, STEP, Table, random_task, record, rollout, unseen_layout, unseen_pair
+
+KINDS = ("training", "unseen layouts", "unseen pairs")
 
 
-def expert_run(seed, noise, told=None):
-    """Whether the expert reaches its goal. `told`: it pursues another task of the same scene instead."""
+def expert_succeeds(seed, noise=0.0, kind="training", told=None, start=None):
+    """Whether the table's task gets done. `told`: makes of it the task that the expert pursues instead."""
     rng = random.Random(seed)
-    table = Table(rng)
-    thing, target = table.thing, table.target
+    table = Table(random_task(rng, kind), rng)
+    if start:
+        start(table)
     for _ in range(MOST_STEPS):
-        if told:
-            table.thing, table.target = target, thing
-        action = table.expert() + [rng.gauss(0, noise), rng.gauss(0, noise), 0]
-        table.step(action)
-        table.thing, table.target = thing, target
+        table.step(table.expert(told and told(table.task)) + [rng.gauss(0, noise), rng.gauss(0, noise), 0])
         if table.success():
             return True
     return False
 
 
+def swapped(task):
+    return task._replace(thing=task.target, target=task.thing)
+
+
+def other_thing(task):
+    return task._replace(thing=next((i for i in range(len(task.scene)) if i not in task[1:]), task.target),
+                         target=task.thing)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("noise", [0.0, 2.0])
-def test_the_expert_succeeds(noise):
-    assert sum(expert_run(seed, noise) for seed in range(200)) >= 198
+def test_the_expert_succeeds(noise, kind):
+    assert sum(expert_succeeds(seed, noise, kind) for seed in range(200)) >= 198
+
+
+@pytest.mark.parametrize("told", [swapped, other_thing])
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_who_is_told_another_task_fails(noise, told):
+    assert sum(expert_succeeds(seed, noise, told=told) for seed in range(200)) <= 4
+
+
+def test_from_any_start_the_expert_recovers():
+    def wrong_thing(table):
+        table.take(table.task.target)
+
+    def closed_on_nothing(table):
+        table.gripper, table.open = np.array([48.0, 28.0]), False
+
+    for start in (wrong_thing, closed_on_nothing, lambda table: table.take(table.task.thing)):
+        assert sum(expert_succeeds(seed, 2.0, start=start) for seed in range(100)) >= 99
 
 
 def test_a_random_policy_fails():
     rng = np.random.default_rng(0)
-    results = rollout(lambda pictures, _: rng.uniform([-STEP, -STEP, 0], [STEP, STEP, 1], (len(pictures), 3)), 50)
-    assert sum(result["success"] for result in results) <= 5
+    low, high = [-STEP, -STEP, 0], [STEP, STEP, 1]
+    results = rollout(lambda pictures, _: rng.uniform(low, high, (len(pictures), 3)), 50)
+    assert sum(result["success"] for result in results) <= 2
 
 
-def test_same_seed_same_files_and_unseen_pairs_stay_unseen(tmp_path):
+def test_success_is_the_thing_let_go_on_top_of_the_target():
+    table = Table(random_task(random.Random(0)), random.Random(0))
+    thing, target = table.task[1:]
+    table.gripper = table.places[target].copy()
+    table.take(thing)
+    assert not table.success()                              # still held
+    table.step([0, 0, 1])
+    assert table.success()
+    table.take(target)
+    table.step([0, 0, 1])
+    assert not table.success()                              # the same place, but the target lies on the thing
+
+
+def test_same_seed_same_files_and_what_is_held_out_stays_out(tmp_path):
     for name in "ab":
         toy_robot.write(tmp_path / name, seed=3, episodes=40)
-    one, two = ((tmp_path / name / "train.json").read_bytes() for name in "ab")
-    assert one == two
-    episodes = json.loads(one)
-    for episode in episodes:
-        thing, target = episode["instruction"].removeprefix("put the ").split(" on the ")
-        assert not unseen_pair(thing, target)
-        for step in episode["steps"]:
-            assert (tmp_path / "a" / "images" / step["image"]).exists() and len(step["action"]) == 3
-            assert max(map(abs, step["action"][:2])) <= STEP and step["action"][2] in (0, 1)
-    assert {(tmp_path / name / "images" / "train_00007" / "000.png").read_bytes() for name in "ab"} == {
-        (tmp_path / "a" / "images" / "train_00007" / "000.png").read_bytes()}
-    assert all(unseen_pair(*r["instruction"].removeprefix("put the ").split(" on the "))
-               for r in rollout(lambda pictures, _: np.zeros((len(pictures), 3)), 5, unseen=True))
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert files == sorted(path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*.*"))
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    for split, count in (("train", 40), ("val", 2)):
+        episodes = json.loads((tmp_path / "a" / f"{split}.json").read_text())
+        assert len(episodes) == count
+        for episode in episodes:
+            assert set(episode) == {"id", "instruction", "steps"}
+            assert not unseen_pair(*episode["instruction"].removeprefix("put the ").split(" on the "))
+            for i, step in enumerate(episode["steps"]):
+                assert step["image"] == f"{episode['id']}/{i:03d}.png"
+                assert (tmp_path / "a" / "images" / step["image"]).exists() and len(step["action"]) == 3
+                assert max(map(abs, step["action"][:2])) <= STEP and step["action"][2] in (0, 1)
 
 
-def test_open_and_closed_and_held_can_be_seen():
-    table = Table(random.Random(0))
-    open_picture = np.asarray(table.picture())
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_three_kinds_of_tasks_share_no_layout_and_no_held_out_pair(kind):
+    rng = random.Random(0)
+    for task in (random_task(rng, kind) for _ in range(200)):
+        assert unseen_layout(task.scene) == (kind != "training")
+        assert unseen_pair(*(str(task.scene[i]) for i in task[1:])) == (kind == "unseen pairs")
+    def stay(pictures, _):
+        return np.zeros((len(pictures), 3))
+    assert [r["instruction"] for r in rollout(stay, 3)] == [r["instruction"] for r in rollout(stay, 5)][:3]
+
+
+def test_open_closed_and_held_can_be_seen():
+    """Where in the picture something changes is near the gripper, and more than a few pixels of it."""
+    table = Table(random_task(random.Random(0)), random.Random(0))
+    table.gripper = np.array([48.0, 30.0])
+    pictures = [table.picture()]
     table.open = False
-    assert (open_picture != np.asarray(table.picture())).any()
+    pictures.append(table.picture())
+    table.take(table.task.thing)
+    pictures.append(table.picture())
+    open_, closed, held = (np.asarray(picture).astype(int) for picture in pictures)
+    for one, other in ((open_, closed), (closed, held)):
+        assert (np.abs(one - other).max(-1) > 60)[15:45, 28:68].sum() > 60
 
 
 def test_film_strips_show_successes_and_failures(tmp_path):
@@ -68,5 +127,11 @@ def test_film_strips_show_successes_and_failures(tmp_path):
     assert (tmp_path / "film.png").stat().st_size > 1000
 
 
-def test_an_episode_ends_with_the_task_done():
-    assert sum(len(record(random.Random(seed))[1]) < MOST_STEPS for seed in range(100)) >= 95
+def test_an_episode_ends_with_the_task_done_and_held_wrong_things_occur():
+    episodes = [record(random_task(rng), rng) for rng in map(random.Random, range(100))]
+    assert sum(len(steps) < MOST_STEPS for steps in episodes) >= 95
+    assert sum((steps[0][1] == [0, 0, 1]).all() for steps in episodes) >= 5
+
+
+def test_worked_examples():
+    assert doctest.testmod(toy_robot).attempted >= 1 and doctest.testmod(toy_robot).failed == 0
