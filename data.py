@@ -472,7 +472,8 @@ class Conversations(torch.utils.data.Dataset):
         except BadExample as e:
             return self.named(i, e)
         return {"id": str(row.get("id", i)), "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels),
-                "images": [[transform(picture) for transform in self.transforms] for picture in pictures], "replaced": 0, "key": self.key}
+                "images": [[transform(picture) for transform in self.transforms] for picture in pictures],
+                "replaced": 0, "key": self.key}
 
     def _next_good(self, i):
         """Indices of the examples behind i that can be tokenised and have i's modality, around the end of the file."""

@@ -223,7 +223,7 @@ def stop_unless_finite(loss, norm, step, micro_batches):
 
 
 def learning_rate(step, total, cfg):
-    """Linear warm-up, then constant or half a cosine down to zero. A function of the step, so there is no scheduler to restore."""
+    """Linear warm-up, then constant or half a cosine down to zero. A function of the step: no scheduler to restore."""
     warmup = math.ceil(cfg.warmup_ratio * total)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
@@ -438,7 +438,8 @@ def end_with(error):
     else:
         text = f"error (rank {rank}): {text}"
         if "TORCHELASTIC_ERROR_FILE" in os.environ:         # what torchrun shows as the root cause
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+            shown = json.dumps({"message": text, "timestamp": int(time.time())})
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(shown)
     print(f"\n{text}", file=sys.stderr, flush=True)
     os._exit(1)
 
