@@ -275,8 +275,9 @@ class Stop:
 
 
 def worker_signals(worker):
-    """Data workers inherit the loop's handlers. Ctrl-C is not their business; SIGTERM ends them."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals are the loop's business. torchrun and clusters send them to every process: a data worker that died of one
+    would end the run before it could save. Workers end when the loop tells them, or is gone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

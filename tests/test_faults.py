@@ -110,6 +110,16 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_success(world, undisturbed
     assert_same_run(tmp_path, undisturbed)
 
 
+def test_a_signal_to_torchrun_reaches_all_processes_and_the_run_still_saves(world, undisturbed, tmp_path):
+    process = start(world, tmp_path, *FLAGS, "--num_workers", "1")
+    wait_for_step(tmp_path, 2, process)
+    process.terminate()
+    printed = process.communicate(timeout=60)[0]
+    assert "stopped by a signal after step" in printed and "was killed from outside" not in printed, printed
+    run_train(world, tmp_path, *FLAGS, "--num_workers", "1", ranks=2)
+    assert_same_run(tmp_path, undisturbed)
+
+
 def test_a_dead_rank_ends_the_others_and_max_restarts_goes_on_by_itself(world, undisturbed, tmp_path):
     command = train_command(world, tmp_path, *FLAGS, "--overwrite", ranks=2)
     command.insert(command.index("--master_port=0"), "--max_restarts=1")
