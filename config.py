@@ -188,7 +188,7 @@ def make_parser(cls, description=None):
         if kind is bool:                                    # --compile and --no-compile; type=bool reads "False" as True
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:                                 # may be given several times, each with several values
-            options.update(action="extend", nargs="+", metavar="str")
+            options.update(action="extend", nargs="+", metavar="str", default=list(f.default))
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         else:

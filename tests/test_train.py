@@ -150,6 +150,14 @@ def test_python_train_py_is_a_world_of_one(world, tmp_path):
     assert (run / "samples.png").exists()
 
 
+def test_generate_answers_from_the_command_line(world, one_rank):
+    pictures = [str(world / "images" / f"test_0000{i}.png") for i in (1, 2)]
+    for images in ([], ["--image", pictures[0]], ["--image", *pictures], ["--image", pictures[0], "--image", pictures[1]]):
+        done = subprocess.run([sys.executable, "generate.py", "--ckpt", str(one_rank[1]), *images, "--prompt", "How many?",
+                               "--max_new_tokens", "3"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
 def test_help_is_there_without_torch():
     code = ("import sys; sys.argv = ['train.py', '--help']\nimport config\n"
             "try: config.parse(config.Config)\nexcept SystemExit: pass\nassert 'torch' not in sys.modules")
