@@ -47,10 +47,10 @@ FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", 
 
 
 def main(cfg):
-    device = start_process_group()
+    device, restarted = start_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     run = cfg.run_folder
-    prepare(cfg, run, rank)
+    prepare(cfg, run, rank, restarted)
 
     # Data: one dataset, cut by the sampler into this rank's micro-batches.
     language = load_language(cfg.llm_backbone, cfg.prompt)
@@ -243,17 +243,42 @@ def make_optimizer(model, cfg):
 # -- before and after the loop ---------------------------------------------------------------------------------------
 
 def start_process_group():
-    """Always on, so the loop has no `if distributed`. NCCL between GPUs, gloo between CPUs. Returns this rank's device."""
+    """Always on, so the loop has no `if distributed`. NCCL between GPUs, gloo between CPUs.
+
+    -> this rank's device; and, for rank zero, whether torchrun restarts a run (--max_restarts) that it began itself.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    if "RANK" in os.environ:                                # under torchrun
-        dist.init_process_group(backend, device_id=bound)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
-    return device
+    under_torchrun = "RANK" in os.environ
+    kept, rank, world_size = next(dist.rendezvous("env://")) if under_torchrun else (dist.HashStore(), 0, 1)
+    store = store_of_this_start(kept, rank, world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=bound)
+    return device, rank == 0 and kept.add("starts", 1) > 1
+
+
+def store_of_this_start(store, rank, world_size):
+    """The part of torchrun's store over which the ranks of this start find each other.
+
+    torchrun keeps one store through all its restarts (--max_restarts), with the addresses of the dead in it: who reads
+    those waits for ever (pytorch#135712). Its count of restarts does not help, each machine has its own. So rank zero
+    names each start, and tells the name only to a rank that asks for it under a token it has just drawn.
+    """
+    token = name = os.urandom(8).hex()
+    if rank > 0:
+        store.set(f"token of rank {rank}", token)
+        name = store.get(f"name for {token}").decode()      # waits until rank zero has set it
+        store.set(f"rank {rank} is in {name}", "")
+    missing = set(range(1, world_size)) if rank == 0 else ()
+    while missing:
+        for other in missing:
+            if store.check([f"token of rank {other}"]):     # perhaps a dead one's: then asked again
+                store.set(f"name for {store.get(f'token of rank {other}').decode()}", name)
+        time.sleep(0.02)
+        missing = {other for other in missing if not store.check([f"rank {other} is in {name}"])}
+    return dist.PrefixStore(name, store)
 
 
 class Stop:
@@ -296,7 +321,7 @@ class rank_zero_first:
             dist.barrier()
 
 
-def prepare(cfg, run, rank):
+def prepare(cfg, run, rank, restarted):
     """Rank zero makes the data if there is a script for it, and the run folder with its config.json."""
     if rank == 0:
         if cfg.prepare and not Path(cfg.train_json).exists():
@@ -304,7 +329,6 @@ def prepare(cfg, run, rank):
         if cfg.ckpt and Path(cfg.ckpt).resolve() in (run.resolve(), *run.resolve().glob("step-*")):
             raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt as it was at the "
                             "start; to start from it, name the new run with --run_id")
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # by torchrun --max-restarts: continue
         if cfg.overwrite and not restarted and (run / "config.json").exists():
             shutil.rmtree(run)
         if (run / "config.json").exists():
