@@ -449,16 +449,17 @@ def end_with(error):
 
     An error that all ranks have is shown once: rank zero goes first, and with it goes the run.
     """
-    rank = int(os.environ.get("RANK", 0))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # DataLoader's handler raises when a worker dies, also in here
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank, text = int(os.environ.get("RANK", 0)), str(error)
     time.sleep(5 if isinstance(error, OtherRank) else min(rank, 1) * 2)
-    text = str(error)
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+    reader_died = "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError))
+    if reader_died:                                         # the latter: it died while it handed over a batch
         text = ("a process that reads data was killed from outside, most often because memory ran out "
                 f"({text.splitlines()[0]}). Lower --num_workers or --per_device_batch_size; the same command continues")
     elif not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
         text = "".join(traceback.format_exception(error))
-    if "closed by peer" in text or "reset by peer" in text or isinstance(error, OtherRank):
+    if not reader_died and ("closed by peer" in text or "reset by peer" in text or isinstance(error, OtherRank)):
         text = f"rank {rank} ends because another rank did; see there"
     else:
         text = f"error (rank {rank}): {text}"
