@@ -126,7 +126,7 @@ _PUBLISHED = {"align": {"global_batch_size": 256, "learning_rate": 1e-3, "length
 PRESETS = {
     "toy": {
         "": _TOY,
-        "align": {"train_json": "data/toy/align.json", "val_json": "data/toy/val_align.json", "epochs": 2,
+        "align": {"train_json": "data/toy/align.json", "val_json": "data/toy/val_align.json", "epochs": 4,
                   "learning_rate": 3e-3, "length_window": 0},
         "finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json", "epochs": 3,
                      "learning_rate": 5e-4, "weight_decay": 0.01},

@@ -3,7 +3,7 @@
     python evaluate.py --ckpt runs/toy-finetune-x7 --json data/toy/test.json --image_dir data/toy/images
 
 The last reply of each conversation is the expected answer; earlier turns are given. Case, outer spaces and a final dot
-do not count. An example's "type", if it has one, makes a row of the table.
+do not count. An example's "type" (or "category", as others call it), if it has one, makes a row of the table.
 
 A policy (stage vla) is scored on recorded episodes, or lets the toy robot act: `--ckpt runs/toy-vla-x7 --rollouts 100`.
 """
@@ -80,7 +80,8 @@ def score(assistant, data, cfg):
             turns = row["conversations"]
             if turns[-1]["from"] != "gpt":
                 raise data.named(i, "the last turn must be the expected answer, from 'gpt'")
-            results.append({"index": i, "type": row.get("type", "all"), "question": turns[-2]["value"],
+            kind = row.get("type", row.get("category", "all"))
+            results.append({"index": i, "type": kind, "question": turns[-2]["value"],
                             "expected": turns[-1]["value"], "answer": answer,
                             "right": normal(answer) == normal(turns[-1]["value"])})
     return results

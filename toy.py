@@ -142,14 +142,9 @@ def ask_position(scene, rng):
 
 def ask_comparison(scene, rng):
     a, b = rng.sample(scene, 2)
-    kind = rng.randrange(3)
-    if kind == 0 and a.cell % 3 != b.cell % 3:
+    if a.cell // 3 == b.cell // 3 or (a.cell % 3 != b.cell % 3 and rng.random() < 0.5):
         return f"Is the {a} left of the {b}?", yes_or_no(a.cell % 3 < b.cell % 3)
-    if kind == 1 and a.cell // 3 != b.cell // 3:
-        return f"Is the {a} above the {b}?", yes_or_no(a.cell // 3 < b.cell // 3)
-    if rng.random() < 0.5:
-        return f"Do {CELLS[a.cell]} and {CELLS[b.cell]} have the same color?", yes_or_no(a.color == b.color)
-    return f"Do {CELLS[a.cell]} and {CELLS[b.cell]} have the same shape?", yes_or_no(a.shape == b.shape)
+    return f"Is the {a} above the {b}?", yes_or_no(a.cell // 3 < b.cell // 3)
 
 
 def ask_yes_no(scene, rng):

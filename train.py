@@ -456,7 +456,8 @@ def end_with(error):
     reader_died = "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError))
     if reader_died:                                         # the latter: it died while it handed over a batch
         text = ("a process that reads data was killed from outside, most often because memory ran out "
-                f"({text.splitlines()[0]}). Lower --num_workers or --per_device_batch_size; the same command continues")
+                f"({(text or repr(error)).splitlines()[0]}). Lower --num_workers or --per_device_batch_size; "
+                "the same command continues")
     elif not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
         text = "".join(traceback.format_exception(error))
     if not reader_died and ("closed by peer" in text or "reset by peer" in text or isinstance(error, OtherRank)):

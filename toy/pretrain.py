@@ -115,8 +115,9 @@ def asked(question, answer):
 
 
 # What a text is about: caption, caption on request, questions on one map, questions on two maps, no map.
-# The second round has more of what is hard.
-MIX = ((0.20, 0.05, 0.35, 0.15, 0.25), (0.08, 0.04, 0.28, 0.30, 0.30))
+# Each round has more of what the one before had not yet learned.
+MIX = ((0.20, 0.05, 0.35, 0.15, 0.25), (0.08, 0.04, 0.28, 0.30, 0.30), (0.08, 0.04, 0.50, 0.13, 0.25))
+MORE = ((), (toy.ask_count, toy.ask_comparison), (toy.ask_color, toy.ask_shape, toy.ask_comparison, toy.ask_comparison))
 
 
 def document(rng, turn=0):
@@ -127,14 +128,14 @@ def document(rng, turn=0):
     if kind == 1:
         return [(scene_map(scene), False), *asked("Describe the picture.", toy.caption(scene))]
     if kind == 2:
-        asks = rng.sample(list(toy.ASK.values()), len(toy.ASK)) + [toy.ask_count, toy.ask_comparison] * turn
+        asks = rng.sample([*toy.ASK.values(), *MORE[turn]], len(toy.ASK) + len(MORE[turn]))
         return [(scene_map(scene), False), *(piece for ask in asks for piece in asked(*ask(scene, rng)))]
     if kind == 3:
         other = toy.random_scene(rng)
-        first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range(1 + 3 * turn)]
+        first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range((1, 4, 4)[turn])]
         return [("In: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
                 ("\n" + first[0][0].removeprefix("In: "), False), first[1], *(piece for pair in more for piece in pair)]
-    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, 2 + 4 * turn), k=3)
+    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, (2, 6, 6)[turn]), k=3)
     return [piece for ask in asks for piece in asked(*ask(rng))]
 
 
@@ -186,7 +187,7 @@ def batches(rng, tokenizer, turn, batch, pool=8):
 
 
 def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
-    """One round. The second goes on from what the first wrote."""
+    """One round. A later one goes on from what the one before wrote."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm") if turn else make_tokenizer()
     # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
@@ -199,7 +200,7 @@ def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
     recent = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, steps, (2e-3, 1e-3)[turn])
+            group["lr"] = schedule(step, steps, (2e-3, 1e-3, 1e-3)[turn])
         input_ids, labels = next(source)
         states = model.base_model(input_ids, use_cache=False).last_hidden_state                   # (B, T, D)
         learned = labels[:, 1:] != IGNORE
@@ -255,7 +256,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
     parser.add_argument("--vision_steps", type=int, default=1500)
-    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 10000),
+    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 10000, 5000),
                         help="of each round; 0 writes a random model, to compare with")
     parser.add_argument("--first_round", type=int, default=0, help="1 goes on from the llm that is there")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
