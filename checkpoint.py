@@ -22,7 +22,8 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 def step_folders(run):
     """All step folders of a run, oldest first. A folder gets this name only after all its files are on disk."""
-    return sorted(folder for folder in Path(run).glob("step-*") if folder.is_dir() and folder.name[5:].isdigit())
+    return sorted((folder for folder in Path(run).glob("step-*") if folder.is_dir() and folder.name[5:].isdigit()),
+                  key=lambda folder: int(folder.name[5:]))
 
 
 def damage(step_folder):
