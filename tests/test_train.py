@@ -4,16 +4,21 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import config
 import generate
 import toy
+import train
+from data import IGNORE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,8 +53,29 @@ def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     run = Path(root) / "r"
+    return metrics_of(run), run, done.stdout + done.stderr
+
+
+def train_here(monkeypatch, world, root, *flags, stage="finetune"):
+    """The same in this process, seconds faster. Without DDP, which for one rank does nothing but start threads."""
+    def alone(model, **_):
+        model.no_sync = nullcontext
+        return model
+
+    command = train_command(world, root, *flags, stage=stage)
+    monkeypatch.setattr(train, "DistributedDataParallel", alone)
+    monkeypatch.chdir(ROOT)                                 # toy/ is there
+    try:
+        train.main(config.parse(config.Config, command[command.index(str(ROOT / "train.py")) + 1:]))
+    finally:
+        if dist.is_initialized():                           # a run that raised has left it on
+            dist.destroy_process_group()
+    return metrics_of(Path(root) / "r"), Path(root) / "r"
+
+
+def metrics_of(run):
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    return [json.loads(line) for line in lines], run, done.stdout + done.stderr
+    return [json.loads(line) for line in lines]
 
 
 def weights(run):
@@ -83,14 +109,37 @@ def test_a_run_writes_one_line_per_step_and_mixes_modalities(one_rank):
     assert f"next     python generate.py --ckpt {run}" in printed
 
 
-@pytest.mark.parametrize("ranks,per_device", [(2, 2), (4, 2)])
-def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank, tmp_path, ranks, per_device):
-    metrics, run, _ = run_train(world, tmp_path, "--max_steps", "20", "--per_device_batch_size", str(per_device),
+def assert_same_curve(got, want):
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)      # fp32 sums in another order
+        assert [ours[name] for name in ("tokens", "modality", "lr")] == [theirs[name] for name in ("tokens", "modality", "lr")]
+
+
+@pytest.mark.parametrize("ranks,per_device,more", [(2, 1, ["--gradient_checkpointing"]), (4, 2, [])])
+def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank, tmp_path, ranks, per_device, more):
+    """one_rank is 1 rank x 2 micro-batches; here are 2 x 4, with recomputed activations, and 4 x 1."""
+    metrics, run, _ = run_train(world, tmp_path, "--max_steps", "20", "--per_device_batch_size", str(per_device), *more,
                                 ranks=ranks)
-    for got, want in zip(metrics, one_rank[0], strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)     # fp32 sums in another order
-        assert (got["tokens"], got["modality"], got["lr"]) == (want["tokens"], want["modality"], want["lr"])
+    assert_same_curve(metrics, one_rank[0])
     assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
+
+
+def test_the_curve_of_a_mean_of_means_would_be_caught(world, one_rank, tmp_path, monkeypatch):
+    def mean_of_means(model, micro_batches, tokens, *others):
+        def forward(input_ids, labels, pixel_values):
+            loss, predicted = model(input_ids, labels, pixel_values)
+            own = (labels[:, 1:] != IGNORE).sum()
+            return loss / own * tokens / len(micro_batches), predicted      # `exact` divides by tokens
+        forward.no_sync, forward.parameters = model.no_sync, model.parameters
+        return exact(forward, micro_batches, tokens, *others)
+
+    exact = train.train_step
+    monkeypatch.setattr(train, "train_step", mean_of_means)
+    metrics, run = train_here(monkeypatch, world, tmp_path, "--max_steps", "20")
+    with pytest.raises(AssertionError):
+        assert_same_curve(metrics, one_rank[0])
+    with pytest.raises(AssertionError):
+        assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
 
 
 def test_text_only_training_works_on_two_ranks_and_leaves_the_projector_alone(world, tmp_path):
@@ -103,26 +152,89 @@ def test_text_only_training_works_on_two_ranks_and_leaves_the_projector_alone(wo
         assert torch.equal(first[name], last[name]) == name.startswith("projector"), name
 
 
-def test_a_lost_run_continues_bit_for_bit(world, one_rank, tmp_path):
-    """As if killed after step 10 was saved and five more steps were logged."""
-    metrics, run, _ = one_rank
-    shutil.copytree(run, tmp_path / "r")
-    shutil.rmtree(tmp_path / "r" / "step-00000020")
+def lost_after_15_steps(run, root):
+    """A copy of the run as if it had been killed while it logged step 16: checkpoint 10 is the last."""
+    shutil.copytree(run, root / "r")
+    shutil.rmtree(root / "r" / "step-00000020")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "r" / "metrics.jsonl").write_text("".join(lines[:15]) + lines[15][:20])
+    (root / "r" / "metrics.jsonl").write_text("".join(lines[:15]) + lines[15][:20])
+    return root / "r" / "step-00000010"
+
+
+def exactly(metrics):
+    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in metrics]
+
+
+def test_a_lost_run_continues_bit_for_bit(world, one_rank, tmp_path):
+    metrics, run, _ = one_rank
+    lost_after_15_steps(run, tmp_path)
     again, continued, _ = run_train(world, tmp_path, "--max_steps", "20", "--save_every", "10", "--keep", "5")
-    assert [(m["step"], m["loss"], m["grad_norm"]) for m in again] == [(m["step"], m["loss"], m["grad_norm"]) for m in metrics]
+    assert exactly(again) == exactly(metrics)
     want, got = weights(run), weights(continued)
     assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
 
 
-def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp_path):
+def test_a_run_that_continues_without_its_optimizer_would_be_caught(world, one_rank, tmp_path, monkeypatch):
+    """As Prismatic and LLaVA do: the weights alone."""
+    file = lost_after_15_steps(one_rank[1], tmp_path) / "optimizer.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name.startswith("random.")}, file)
+    again, _ = train_here(monkeypatch, world, tmp_path, "--max_steps", "20", "--save_every", "10", "--keep", "5")
+    assert exactly(again)[:11] == exactly(one_rank[0])[:11]             # the loss of step 11 is before its update
+    with pytest.raises(AssertionError):
+        assert_same_curve(again, one_rank[0])
+
+
+def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp_path, monkeypatch, capsys):
     shutil.copytree(one_rank[1], tmp_path / "r")
     flags = ["--max_steps", "20", "--save_every", "10", "--keep", "5"]
-    _, _, printed = run_train(world, tmp_path, *flags)
-    assert "this run is finished" in printed
-    _, _, printed = run_train(world, tmp_path, *flags, "--learning_rate", "0.5", ok=False)
-    assert "--learning_rate was 0.0005, is 0.5" in printed
+    train_here(monkeypatch, world, tmp_path, *flags)
+    assert "this run is finished, all 20 steps are done" in capsys.readouterr().out
+    with pytest.raises(config.UserError) as e:
+        train_here(monkeypatch, world, tmp_path, *flags, "--learning_rate", "0.5", "--max_length", "99")
+    assert "holds a run with other flags: --max_length was 512, is 99; --learning_rate was 0.0005, is 0.5. " in str(e.value)
+
+
+def test_starting_from_a_run_and_continuing_it_can_not_be_confused(world, one_rank, tmp_path, monkeypatch):
+    shutil.copytree(one_rank[1], tmp_path / "r")
+    flags = ["--max_steps", "20", "--save_every", "10", "--keep", "5"]
+    for ckpt in (tmp_path / "r", tmp_path / "r" / "step-00000010"):     # weights of itself
+        with pytest.raises(config.UserError, match=f"--ckpt {ckpt} is the folder of this run. To continue it, leave --ckpt"):
+            train_here(monkeypatch, world, tmp_path, *flags, "--ckpt", str(ckpt))
+        with pytest.raises(config.UserError, match="is the folder of this run"):
+            train_here(monkeypatch, world, tmp_path, *flags, "--ckpt", str(ckpt), "--overwrite")
+    with pytest.raises(config.UserError, match="--ckpt was '', is .*one.*; --no_align was True, is False"):
+        train_here(monkeypatch, world, tmp_path, *flags, "--ckpt", str(one_rank[1]))    # weights of another run
+    assert len(list((tmp_path / "r").glob("step-*"))) == 2 and len(metrics_of(tmp_path / "r")) == 20
+    metrics, run = train_here(monkeypatch, world, tmp_path / "new", "--ckpt", str(one_rank[1]), "--max_steps", "1",
+                              "--learning_rate", "0")                   # weights only: step 1, a fresh optimizer
+    assert [line["step"] for line in metrics] == [1]
+    assert load_file(run / "step-00000001" / "optimizer.safetensors")["step.projector.0.bias"] == 1
+    assert all(torch.equal(tensor, weights(one_rank[1])[name]) for name, tensor in weights(run).items())
+
+
+def test_overwrite_that_is_killed_half_way_leaves_no_old_step_in_the_new_run(tmp_path, monkeypatch):
+    def killed(folder, **_):
+        if Path(folder).exists():
+            (Path(folder) / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    cfg = config.Config(train_json="a.json", image_dir="b", run_root=str(tmp_path), run_id="r", overwrite=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        train.prepare(cfg, tmp_path / "r", 0, restarted=False)
+        (tmp_path / "r" / "step-00000004").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "shutil", SimpleNamespace(rmtree=killed))
+            with pytest.raises(KeyboardInterrupt):
+                train.prepare(cfg, tmp_path / "r", 0, restarted=False)
+        for _ in range(2):
+            train.prepare(cfg, tmp_path / "r", 0, restarted=False)
+            assert [path.name for path in (tmp_path / "r").iterdir()] == ["config.json"]
+        (tmp_path / "r" / "step-00000004").mkdir()
+        train.prepare(cfg, tmp_path / "r", 0, restarted=True)           # torchrun starts again what it began itself
+        assert (tmp_path / "r" / "step-00000004").exists()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(world, tmp_path):
