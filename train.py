@@ -456,31 +456,35 @@ class OtherRank(Exception):
     """This rank is well, but has to end because another one can't go on."""
 
 
+def explain(error):
+    """-> what a user should read of an error, and whether it is but the echo of another rank's end."""
+    text = str(error)
+    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):  # died, or while it handed over
+        return ("a process that reads data was killed from outside, most often because memory ran out "
+                f"({(text or repr(error)).splitlines()[0]}). Lower --num_workers or --per_device_batch_size; "
+                "the same command continues"), False
+    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+        return (f"the disk refuses to write ({error}). What was saved is intact. Free some space, or choose another "
+                "--run_root; then the same command continues"), False
+    if not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
+        text = "".join(traceback.format_exception(error))
+    return text, isinstance(error, OtherRank) or "closed by peer" in text or "reset by peer" in text
+
+
 def end_with(error):
     """Ends this rank at once: a clean exit would wait for the others. torchrun then ends these, and shows the error again.
 
-    An error that all ranks have is shown once: rank zero goes first, and with it goes the run.
+    An error that all ranks have is shown once: rank zero goes first, and with it goes the run. An echo comes last: of
+    two that end within the same second, torchrun may take either for the cause.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # DataLoader's handler raises when a worker dies, also in here
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    rank, text = int(os.environ.get("RANK", 0)), str(error)
-    time.sleep(5 if isinstance(error, OtherRank) else min(rank, 1) * 2)
-    reader_died = "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError))
-    if reader_died:                                         # the latter: it died while it handed over a batch
-        text = ("a process that reads data was killed from outside, most often because memory ran out "
-                f"({text.splitlines()[0]}). Lower --num_workers or --per_device_batch_size; the same command continues")
-    elif isinstance(error, OSError) and error.errno in DISK_REFUSES:
-        text = (f"the disk refuses to write ({error}). What was saved is intact. Free some space, or choose another "
-                "--run_root; then the same command continues")
-    elif not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
-        text = "".join(traceback.format_exception(error))
-    if not reader_died and ("closed by peer" in text or "reset by peer" in text or isinstance(error, OtherRank)):
-        text = f"rank {rank} ends because another rank did; see there"
-    else:
-        text = f"error (rank {rank}): {text}"
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:         # what torchrun shows as the root cause
-            shown = json.dumps({"message": text, "timestamp": int(time.time())})
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(shown)
+    rank, (text, echo) = int(os.environ.get("RANK", 0)), explain(error)
+    time.sleep(5 if echo else min(rank, 1) * 2)
+    text = f"rank {rank} ends because another rank did; see there" if echo else f"error (rank {rank}): {text}"
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and not echo:            # what torchrun shows as the root cause
+        shown = json.dumps({"message": text, "timestamp": int(time.time())})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(shown)
     print(f"\n{text}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -1,4 +1,5 @@
 """train.py as a user runs it: real torchrun, real files, the embedded toy world made small."""
+import errno
 import json
 import os
 import shutil
@@ -256,6 +257,31 @@ def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
                               ok=False)
     assert f"id='{picture['id']}': picture {world / 'images' / 'nowhere.png'} does not exist" in printed
     assert "Original Traceback" not in printed
+
+
+READER_DIED = "a process that reads data was killed from outside, most often because memory ran out "
+ENDS = {        # error: how its explanation begins, whether it is an echo
+    "DataLoader worker (pid(s) 7) exited unexpectedly": (RuntimeError, READER_DIED + "(DataLoader worker (pid(s) 7)", False),
+    "": (EOFError, READER_DIED + "(EOFError()). Lower --num_workers", False),
+    "[Errno 104] Connection reset by peer": (ConnectionResetError, READER_DIED + "([Errno 104] Connection reset by peer)", False),
+    "gloo: Connection closed by peer [127.0.0.1]:1": (RuntimeError, "RuntimeError: gloo: Connection closed by peer", True),
+    "another rank met a bad example": (train.OtherRank, "another rank met a bad example", True),
+    "one sentence": (config.UserError, "one sentence", False),
+    "a bug": (RuntimeError, "RuntimeError: a bug", False)}
+
+
+@pytest.mark.parametrize("said", ENDS)
+def test_an_error_is_explained(said):
+    kind, begins, echo = ENDS[said]
+    error = kind(said) if said else kind()
+    text, is_echo = train.explain(error)
+    assert text.startswith(begins) and is_echo == echo
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_is_explained(number):
+    text, echo = train.explain(OSError(number, os.strerror(number), "r/metrics.jsonl"))
+    assert text.startswith(f"the disk refuses to write ([Errno {number}] ") and "r/metrics.jsonl" in text and not echo
 
 
 def test_python_train_py_is_a_world_of_one(world, tmp_path):
