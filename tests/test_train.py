@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import checkpoint
 import config
 import generate
 import toy
@@ -116,13 +118,32 @@ def assert_same_curve(got, want):
         assert [ours[name] for name in ("tokens", "modality", "lr")] == [theirs[name] for name in ("tokens", "modality", "lr")]
 
 
-@pytest.mark.parametrize("ranks,per_device,more", [(2, 1, ["--gradient_checkpointing"]), (4, 2, [])])
+SAVE_ALL = ["--save_every", "1", "--keep", "20"]
+
+
+@pytest.mark.parametrize("ranks,per_device,more", [(2, 1, ["--gradient_checkpointing", *SAVE_ALL]), (4, 2, [])])
 def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank, tmp_path, ranks, per_device, more):
     """one_rank is 1 rank x 2 micro-batches; here are 2 x 4, with recomputed activations, and 4 x 1."""
     metrics, run, _ = run_train(world, tmp_path, "--max_steps", "20", "--per_device_batch_size", str(per_device), *more,
                                 ranks=ranks)
     assert_same_curve(metrics, one_rank[0])
     assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
+    if more:
+        assert_text_only_steps_leave_the_projector_alone(run, metrics)
+
+
+def assert_text_only_steps_leave_the_projector_alone(run, metrics):
+    """Its weights and its Adam state, bit for bit, from each step to the next."""
+    before, kinds = None, set()
+    for folder, line in zip(checkpoint.step_folders(run), metrics, strict=True):
+        tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+        now = {name: tensor for name, tensor in tensors.items() if "projector." in name}
+        assert len(now) == 16                               # four parameters, each with two moments and a step count
+        if before:
+            kinds.add(line["modality"])
+            assert all(torch.equal(now[name], before[name]) for name in now) == (line["modality"] == "text")
+        before = now
+    assert kinds == {"text", "image"}
 
 
 def test_the_curve_of_a_mean_of_means_would_be_caught(world, one_rank, tmp_path, monkeypatch):
@@ -151,6 +172,7 @@ def test_text_only_training_works_on_two_ranks_and_leaves_the_projector_alone(wo
     first, last = (load_file(run / f"step-0000000{i}" / "model.safetensors") for i in (1, 3))
     for name in first:
         assert torch.equal(first[name], last[name]) == name.startswith("projector"), name
+    assert not any("projector" in name for name in load_file(run / "step-00000003" / "optimizer.safetensors"))
 
 
 def lost_after_15_steps(run, root):
@@ -253,10 +275,14 @@ def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     picture = next(row for row in rows if "image" in row)
     picture["image"] = "nowhere.png" if isinstance(picture["image"], str) else ["nowhere.png"] * 2
     (world / "broken.json").write_text(json.dumps(rows))
+    began = time.time()
     _, _, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"), "--max_steps", "20", ranks=2,
                               ok=False)
+    assert time.time() - began < 60                         # its start included
     assert f"id='{picture['id']}': picture {world / 'images' / 'nowhere.png'} does not exist" in printed
     assert "Original Traceback" not in printed
+    shown = [line for line in printed.splitlines() if line.strip("= ")]
+    assert "traceback : error (rank " in shown[-1] and f"id='{picture['id']}'" in shown[-1], printed
 
 
 READER_DIED = "a process that reads data was killed from outside, most often because memory ran out "
