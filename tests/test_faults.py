@@ -106,10 +106,13 @@ def assert_same_run(root, undisturbed):
 
 
 def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(world, flags, undisturbed, tmp_path, request):
-    """Also in the first seconds, while a checkpoint is written and between epochs: a moment is any moment."""
+    """Also in the first seconds, while a checkpoint is written and between epochs: a moment is any moment.
+
+    With `-s` it says what each kill met.
+    """
     rng, kills, rounds = random.Random(0), request.config.getoption("--kills"), 0
-    process, done = start(world, tmp_path, *flags), False
-    for _ in range(kills):
+    process, began = start(world, tmp_path, *flags), time.time()
+    for kill in range(kills):
         # Half of the kills come while the run is training or saving, the others at any time since the start.
         if rng.random() < 0.5:
             wait_or_end(tmp_path, process)
@@ -123,11 +126,19 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(world, flags, und
             rounds += 1
         else:
             kill_all(process)
-        process = start(world, tmp_path, *flags)
+        steps = [json.loads(line)["step"] for line in metrics_text(tmp_path).splitlines() if line.endswith("}")]
+        print(f"kill {kill + 1}, {time.time() - began:.1f} s after the start, step {max(steps, default=0)}, round {rounds}",
+              "while it saved" if list((tmp_path / "r").glob("part-*")) else "", flush=True)
+        process, began = start(world, tmp_path, *flags), time.time()
     printed = process.communicate(timeout=200)[0]
     assert process.returncode == 0, printed
     assert_same_run(tmp_path, undisturbed)
-    assert not list((tmp_path / "r").glob("part-*")) or rounds == 0
+    assert not list((tmp_path / "r").glob("part-*"))
+
+
+def metrics_text(root):
+    file = Path(root) / "r" / "metrics.jsonl"
+    return file.read_text() if file.exists() else ""
 
 
 def wait_or_end(root, process):
