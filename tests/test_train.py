@@ -1,6 +1,7 @@
 """train.py as a user runs it: real torchrun, real files, the embedded toy world made small."""
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -283,6 +284,19 @@ def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     assert "Original Traceback" not in printed
     shown = [line for line in printed.splitlines() if line.strip("= ")]
     assert "traceback : error (rank " in shown[-1] and f"id='{picture['id']}'" in shown[-1], printed
+
+
+@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf), (1.0, -math.inf)])
+def test_a_loss_or_a_norm_that_is_not_finite_names_the_step_and_the_examples(loss, norm):
+    batches = [{"ids": ["a", "b"]}, {"ids": ["c"]}]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(config.UserError, match=rf"^step 7: loss {loss}, gradient norm {norm}. The update was not made, "
+                                                   "checkpoints are intact. rank 0 had the examples a, b, c. Look"):
+            train.stop_unless_finite(loss, norm, 7, batches)
+        train.stop_unless_finite(1.0, 1.0, 7, batches)
+    finally:
+        dist.destroy_process_group()
 
 
 READER_DIED = "a process that reads data was killed from outside, most often because memory ran out "
