@@ -1,5 +1,6 @@
 """train.py as a user runs it: real torchrun, real files, the embedded toy world made small."""
 import errno
+import io
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import config
 import generate
 import toy
 import train
-from data import IGNORE
+from data import IGNORE, BadExample
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,10 +97,13 @@ def assert_same_up_to_rounding(got, want):
             assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+SHORT = ("--max_steps", "20", "--save_every", "10", "--keep", "5")
+
+
 @pytest.fixture(scope="session")
 def one_rank(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("one")
-    return run_train(world, root, "--max_steps", "20", "--save_every", "10", "--keep", "5")
+    return run_train(world, root, *SHORT)
 
 
 def test_a_run_writes_one_line_per_step_and_mixes_modalities(one_rank):
@@ -189,20 +193,60 @@ def exactly(metrics):
     return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in metrics]
 
 
-def test_a_lost_run_continues_bit_for_bit(world, one_rank, tmp_path):
-    metrics, run, _ = one_rank
-    lost_after_15_steps(run, tmp_path)
-    again, continued, _ = run_train(world, tmp_path, "--max_steps", "20", "--save_every", "10", "--keep", "5")
-    assert exactly(again) == exactly(metrics)
-    want, got = weights(run), weights(continued)
-    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+def assert_bit_for_bit(got, want):
+    assert exactly(got[0]) == exactly(want[0])
+    ours, theirs = weights(got[1]), weights(want[1])
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_lost_run_continues_bit_for_bit(world, one_rank, tmp_path, monkeypatch):
+    lost_after_15_steps(one_rank[1], tmp_path)
+    assert_bit_for_bit(train_here(monkeypatch, world, tmp_path, *SHORT), one_rank)
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, world, one_rank, tmp_path, monkeypatch, capsys):
+    shutil.copytree(one_rank[1], tmp_path / "r")
+    file = tmp_path / "r" / "step-00000020" / name
+    file.write_bytes(file.read_bytes()[:-10])
+    assert_bit_for_bit(train_here(monkeypatch, world, tmp_path, *SHORT), one_rank)
+    assert f"{file.parent} is damaged and left aside ({name}: " in capsys.readouterr().err
+
+
+def test_a_bad_example_found_late_saves_first_and_can_be_mended(world, one_rank, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    shutil.copytree(world / "images", images)
+
+    def break_them_after_step_3(loss, norm, step, micro_batches):
+        for file in images.glob("*.png") if step == 3 else ():
+            file.write_bytes(b"no picture")
+
+    flags = (*SHORT, "--image_dir", str(images))
+    with monkeypatch.context() as patch, pytest.raises(BadExample, match=r"finetune.json\[.*can't be read"):
+        patch.setattr(train, "stop_unless_finite", break_them_after_step_3)
+        train_here(monkeypatch, world, tmp_path, *flags)
+    newest, _ = checkpoint.newest(tmp_path / "r")
+    assert checkpoint.read_state(newest)["step"] == len(metrics_of(tmp_path / "r")) >= 3
+    shutil.copytree(world / "images", images, dirs_exist_ok=True)
+    assert_bit_for_bit(train_here(monkeypatch, world, tmp_path, *flags), one_rank)
+
+
+def test_a_disk_that_is_full_between_two_checkpoints_is_explained(world, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(train, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(OSError) as e:
+        train_here(monkeypatch, world, tmp_path, "--max_steps", "1")
+    assert train.explain(e.value)[0].startswith("the disk refuses to write ([Errno 28] No space left on device: 'metrics")
 
 
 def test_a_run_that_continues_without_its_optimizer_would_be_caught(world, one_rank, tmp_path, monkeypatch):
     """As Prismatic and LLaVA do: the weights alone."""
     file = lost_after_15_steps(one_rank[1], tmp_path) / "optimizer.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if name.startswith("random.")}, file)
-    again, _ = train_here(monkeypatch, world, tmp_path, "--max_steps", "20", "--save_every", "10", "--keep", "5")
+    again, _ = train_here(monkeypatch, world, tmp_path, *SHORT)
     assert exactly(again)[:11] == exactly(one_rank[0])[:11]             # the loss of step 11 is before its update
     with pytest.raises(AssertionError):
         assert_same_curve(again, one_rank[0])
@@ -210,24 +254,22 @@ def test_a_run_that_continues_without_its_optimizer_would_be_caught(world, one_r
 
 def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp_path, monkeypatch, capsys):
     shutil.copytree(one_rank[1], tmp_path / "r")
-    flags = ["--max_steps", "20", "--save_every", "10", "--keep", "5"]
-    train_here(monkeypatch, world, tmp_path, *flags)
+    train_here(monkeypatch, world, tmp_path, *SHORT)
     assert "this run is finished, all 20 steps are done" in capsys.readouterr().out
     with pytest.raises(config.UserError) as e:
-        train_here(monkeypatch, world, tmp_path, *flags, "--learning_rate", "0.5", "--max_length", "99")
+        train_here(monkeypatch, world, tmp_path, *SHORT, "--learning_rate", "0.5", "--max_length", "99")
     assert "holds a run with other flags: --max_length was 512, is 99; --learning_rate was 0.0005, is 0.5. " in str(e.value)
 
 
 def test_starting_from_a_run_and_continuing_it_can_not_be_confused(world, one_rank, tmp_path, monkeypatch):
     shutil.copytree(one_rank[1], tmp_path / "r")
-    flags = ["--max_steps", "20", "--save_every", "10", "--keep", "5"]
     for ckpt in (tmp_path / "r", tmp_path / "r" / "step-00000010"):     # weights of itself
         with pytest.raises(config.UserError, match=f"--ckpt {ckpt} is the folder of this run. To continue it, leave --ckpt"):
-            train_here(monkeypatch, world, tmp_path, *flags, "--ckpt", str(ckpt))
+            train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(ckpt))
         with pytest.raises(config.UserError, match="is the folder of this run"):
-            train_here(monkeypatch, world, tmp_path, *flags, "--ckpt", str(ckpt), "--overwrite")
+            train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(ckpt), "--overwrite")
     with pytest.raises(config.UserError, match="--ckpt was '', is .*one.*; --no_align was True, is False"):
-        train_here(monkeypatch, world, tmp_path, *flags, "--ckpt", str(one_rank[1]))    # weights of another run
+        train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(one_rank[1]))    # weights of another run
     assert len(list((tmp_path / "r").glob("step-*"))) == 2 and len(metrics_of(tmp_path / "r")) == 20
     metrics, run = train_here(monkeypatch, world, tmp_path / "new", "--ckpt", str(one_rank[1]), "--max_steps", "1",
                               "--learning_rate", "0")                   # weights only: step 1, a fresh optimizer
@@ -261,11 +303,11 @@ def test_overwrite_that_is_killed_half_way_leaves_no_old_step_in_the_new_run(tmp
         dist.destroy_process_group()
 
 
-def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(world, tmp_path):
+def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(world, tmp_path, monkeypatch):
     _, run, printed = run_train(world, tmp_path / "a", "--max_steps", "4", stage="align")
     assert {name.split(".")[0] for name in weights(run)} == {"projector"}
     assert f"next     torchrun train.py --stage finetune --ckpt {run}" in printed
-    _, tuned, _ = run_train(world, tmp_path / "f", "--ckpt", str(run), "--max_steps", "2", "--learning_rate", "0")
+    _, tuned = train_here(monkeypatch, world, tmp_path / "f", "--ckpt", str(run), "--max_steps", "2", "--learning_rate", "0")
     assert {name.split(".")[0] for name in weights(tuned)} == {"projector", "llm"}
     for name, tensor in weights(run).items():
         assert torch.equal(weights(tuned)[name], tensor), name
@@ -277,9 +319,11 @@ def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     picture["image"] = "nowhere.png" if isinstance(picture["image"], str) else ["nowhere.png"] * 2
     (world / "broken.json").write_text(json.dumps(rows))
     began = time.time()
-    _, _, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"), "--max_steps", "20", ranks=2,
+    metrics, run, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"), "--max_steps", "20", ranks=2,
                               ok=False)
     assert time.time() - began < 60                         # its start included
+    newest, _ = checkpoint.newest(run)
+    assert (checkpoint.read_state(newest)["step"] if newest else 0) == len(metrics)
     assert f"id='{picture['id']}': picture {world / 'images' / 'nowhere.png'} does not exist" in printed
     assert "Original Traceback" not in printed
     shown = [line for line in printed.splitlines() if line.strip("= ")]
