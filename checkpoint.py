@@ -22,8 +22,8 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 def step_folders(run):
     """All step folders of a run, oldest first. A folder gets this name only after all its files are on disk."""
-    return sorted((folder for folder in Path(run).glob("step-*") if folder.is_dir() and folder.name[5:].isdigit()),
-                  key=lambda folder: int(folder.name[5:]))
+    folders = [path for path in Path(run).glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
 def damage(step_folder):
@@ -76,8 +76,8 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
     part.rename(final)                                      # the folder appears whole or not at all
     flush(run)
     # A damaged one counts for nothing: with it among the `keep` newest, the last whole one could go.
-    removable = [folder for folder in step_folders(run) if not damage(folder) and not read_state(folder).get("forever")]
-    for old in removable[:-keep]:
+    whole = [folder for folder in step_folders(run) if not damage(folder)]
+    for old in [folder for folder in whole if not read_state(folder).get("forever")][:-keep]:
         old.rename(part)                                    # under its own name it would be a damaged one, if killed here
         shutil.rmtree(part)
     return final
@@ -170,8 +170,8 @@ def load_optimizer(model, optimizer, step_folder):
                 random_states[name] = tensor
             elif name not in parameters or tensor.shape not in ((), parameters[name].shape):
                 raise UserError(f"{step_folder}/optimizer.safetensors is of another model: its {full_name} "
-                                f"{tuple(tensor.shape)} has no such parameter to go with. Remove {step_folder}; "
-                                "the same command then continues from the checkpoint before")
+                                f"{tuple(tensor.shape)} has no such parameter to go with. Remove "
+                                f"{step_folder}; the same command then continues from the checkpoint before")
             else:
                 optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
     return random_states

@@ -336,7 +336,7 @@ def read_image(path):
 
 # -- the dataset -----------------------------------------------------------------------------------------------------
 
-LENGTHS = 1                                                 # raise it with each change of how an example becomes ids
+LENGTHS = 1                                                 # raise it when examples become other ids
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -416,7 +416,7 @@ class Conversations(torch.utils.data.Dataset):
         self.bytes = np.memmap(path, np.uint8, "r")
 
     def __getstate__(self):
-        """For a worker that is started afresh, not forked: it maps the file itself instead of getting a copy of it."""
+        """For a worker that is started afresh, not forked: it maps the file itself, and gets no copy."""
         return self.__dict__ | {"bytes": None}
 
     def __setstate__(self, state):
@@ -550,7 +550,7 @@ class Conversations(torch.utils.data.Dataset):
 
     def _read_cache(self):
         try:
-            return np.load(self._cache_file(), mmap_mode="r", allow_pickle=False)       # shared, as the file itself is
+            return np.load(self._cache_file(), mmap_mode="r", allow_pickle=False)       # shared by all
         except (OSError, ValueError, EOFError):             # not there, or cut off: then it is made again
             return None
 

@@ -76,8 +76,9 @@ class VLM(nn.Module):
         self.requires_grad_(False)
         for name in names:
             if name == "llm.last":                          # what OpenVLA calls the last layer
-                for module in (self.llm_layers()[-1], self.llm.get_input_embeddings(), self.llm.get_output_embeddings()):
-                    module.requires_grad_(True)
+                self.llm_layers()[-1].requires_grad_(True)
+                self.llm.get_input_embeddings().requires_grad_(True)
+                self.llm.get_output_embeddings().requires_grad_(True)
             else:
                 getattr(self, name).requires_grad_(True)
         if "vision" in self.trained:
@@ -100,8 +101,8 @@ class VLM(nn.Module):
     def use_gradient_checkpointing(self):
         """Recompute the LLM's activations in backward instead of keeping them.
 
-        Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, because of its
-        dropout, yet its activations are needed to reach the projector.
+        Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, because
+        of its dropout, yet its activations are needed to reach the projector.
         """
         for layer in self.llm_layers():
             layer.forward = partial(torch_checkpoint, layer.forward, use_reentrant=False)

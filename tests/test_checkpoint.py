@@ -22,14 +22,15 @@ def projector(width=16, kind="linear"):
 
 def save(run, step, keep=1, **state):
     weights = checkpoint.tensors_of(projector(), ["projector"])
-    return checkpoint.save(run, step, weights, {"random.0": torch.zeros(3)}, {"parts": ["projector"]} | state, keep)
+    state |= {"parts": ["projector"]}
+    return checkpoint.save(run, step, weights, {"random.0": torch.zeros(3)}, state, keep)
 
 
 # ---- killed while it saves ----
 
 def killed_at(line, function):
-    """Runs it in a child that ends, as after SIGKILL, before the given line of checkpoint.py or of what removes folders.
-    -> was it stopped?"""
+    """Runs it in a child that ends, as after SIGKILL, before the given line of checkpoint.py or of what removes
+    folders. -> was it stopped?"""
     left = [line]
 
     def trace(frame, event, _):
@@ -54,8 +55,8 @@ def killed_at(line, function):
 
 
 def test_killed_at_any_line_of_saving_the_old_or_the_new_one_is_whole(tmp_path, monkeypatch, request):
-    """At every third line (with --kills 100, each) that runs while step 2 is saved, step 1 removed, and the rest of an
-    older kill tidied up."""
+    """At every third line (with --kills 100, each) that runs while step 2 is saved, step 1 removed, and the rest
+    of an older kill tidied up."""
     stride = 1 if request.config.getoption("--kills") >= 100 else 3
     monkeypatch.setattr(os, "fsync", lambda _: None)        # slow, and only a power cut would show it
     line, seen, run = 0, set(), tmp_path / "r"
@@ -88,9 +89,17 @@ def test_saving_in_place_would_be_caught(tmp_path):
 
 
 def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    def flushed(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(path, to):
+        done.append(f"-> {to.name}")
+        return rename(path, to)
+
     done, fsync, rename = [], os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)))
-    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(f"-> {to.name}"), rename(path, to))[1])
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
     save(tmp_path / "r", 3)
     assert done == ["state.part", "model.safetensors", "optimizer.safetensors", "state.json", "part-00000003",
                     "-> step-00000003", "r"]
@@ -149,17 +158,20 @@ def test_a_folder_that_is_not_whole_is_named_and_the_one_before_is_used(name, ho
 SAVED = checkpoint.tensors_of(projector(kind="gelu-mlp"), ["projector"])
 BIAS = SAVED["projector.2.bias"]
 STRICT = {      # kind: (what the file holds, what the sentence says)
-    "one missing": ({n: t for n, t in SAVED.items() if n != "projector.2.bias"}, ": missing projector.2.bias. Use"),
+    "one missing": ({name: tensor for name, tensor in SAVED.items() if name != "projector.2.bias"},
+                    ": missing projector.2.bias. Use"),
     "one too many": (SAVED | {"projector.4.bias": BIAS.clone()}, ": surplus projector.4.bias. Use"),
     "one of no part": (SAVED | {"critic.bias": BIAS.clone()}, ": surplus critic.bias. Use"),
-    "another shape": (SAVED | {"projector.2.bias": BIAS[:5]}, ": projector.2.bias is (5,), the model has (16,). Use"),
+    "another shape": (SAVED | {"projector.2.bias": BIAS[:5]},
+                      ": projector.2.bias is (5,), the model has (16,). Use"),
     "turned": (SAVED | {"projector.0.weight": SAVED["projector.0.weight"].T.contiguous()},
                ": projector.0.weight is (8, 16), the model has (16, 8). Use"),
-    "whole numbers": (SAVED | {"projector.2.bias": BIAS.to(torch.int8)}, ": projector.2.bias is of type torch.int8. Use"),
-    "a part that the state promises": ({}, ": missing projector.0.weight; missing projector.0.bias; missing proj"),
+    "whole numbers": (SAVED | {"projector.2.bias": BIAS.to(torch.int8)},
+                      ": projector.2.bias is of type torch.int8. Use"),
+    "a part that the state promises": ({}, ": missing projector.0.weight; missing projector.0.bias; missing"),
     "many": ({f"projector.{i}.bias": BIAS.clone() for i in range(5, 14)} | SAVED,
-             ": surplus projector.10.bias; surplus projector.11.bias; surplus projector.12.bias; surplus projector.13.bias; "
-             "surplus projector.5.bias; and 4 more. Use"),
+             ": surplus projector.10.bias; surplus projector.11.bias; surplus projector.12.bias; "
+             "surplus projector.13.bias; surplus projector.5.bias; and 4 more. Use"),
 }
 
 
@@ -172,9 +184,11 @@ def test_a_tensor_that_does_not_fit_is_listed_by_name(kind, tmp_path):
     weights, said = STRICT[kind]
     model = projector(kind="gelu-mlp")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=re.escape(f"model.safetensors is the checkpoint of another model{said}")):
+    said = re.escape(f"model.safetensors is the checkpoint of another model{said}")
+    with pytest.raises(UserError, match=said):
         checkpoint.load_weights(model, folder_with(tmp_path, weights))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "half of it was loaded"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), "half of it was loaded"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -191,9 +205,9 @@ def test_floats_of_another_width_are_read_as_the_model_has_them(dtype, tmp_path)
     ("exp_avg.projector.9.bias", BIAS, "exp_avg.projector.9.bias (16,) has no such parameter"),
     ("exp_avg.projector.2.bias", BIAS[:5], "exp_avg.projector.2.bias (5,) has no such parameter")])
 def test_an_optimizer_of_another_model_is_named(name, tensor, said, tmp_path):
-    model = projector(kind="gelu-mlp")
+    model, folder = projector(kind="gelu-mlp"), folder_with(tmp_path, SAVED, {name: tensor})
     with pytest.raises(UserError, match=re.escape(said)):
-        checkpoint.load_optimizer(model, torch.optim.AdamW(model.parameters()), folder_with(tmp_path, SAVED, {name: tensor}))
+        checkpoint.load_optimizer(model, torch.optim.AdamW(model.parameters()), folder)
 
 
 def test_the_optimizer_comes_back_as_it_was(tmp_path):
@@ -207,7 +221,7 @@ def test_the_optimizer_comes_back_as_it_was(tmp_path):
     fresh = torch.optim.AdamW(other.parameters(), fused=True)
     assert checkpoint.load_optimizer(other, fresh, folder)["1"].tolist() == [0, 1, 2]
     again = checkpoint.optimizer_tensors(other, fresh)
-    assert len(again) == 6 and again["step.projector.0.bias"] == 3      # two parameters: step and two moments each
+    assert len(again) == 6 and again["step.projector.0.bias"] == 3      # 2 parameters: step, two moments
     assert all(torch.equal(tensor, saved[name]) for name, tensor in again.items())
 
 

@@ -381,11 +381,11 @@ def test_kept_lengths_tell_16_patches_and_64_positions_from_1_patch_and_664(tmp_
 
 
 def private_memory():
-    """Bytes that this process alone has written into memory. Pages of a mapped data file are not among them: they are the
-    system's, and shared with whoever maps it too."""
+    """Bytes that this process alone has written into memory. Pages of a mapped data file are not among them: they
+    are the system's, and shared with whoever maps it too."""
     total, ours = 0, True
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        if not line.split()[0].endswith(":"):               # the head of a mapping; its file stands at the end
+        if not line.split()[0].endswith(":"):               # a mapping's head; its file stands at the end
             ours = not line.endswith((".json", ".npy"))
         elif ours and line.startswith("Private_Dirty:"):
             total += 1024 * int(line.split()[1])
@@ -409,16 +409,17 @@ def grows_by(function):
 
 
 def test_a_large_file_is_mapped_and_no_worker_copies_it(tmp_path):
-    rows = [{"id": i, "conversations": talk("What is it?", *["A cat."] * 10, "x" * 600)} for i in range(20_000)]
+    texts = "What is it?", *["A cat."] * 10, "x" * 600
+    rows = [{"id": i, "conversations": talk(*texts)} for i in range(20_000)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
     assert (tmp_path / "d.json").stat().st_size > 20e6
     data = Conversations(tmp_path / "d.json", tmp_path, language(), [transform()], 512)
-    data.cache = np.column_stack([data.places, np.ones((20_000, 2), np.int64)])     # counting is not what is tested
+    data.cache = np.column_stack([data.places, np.ones((20_000, 2), np.int64)])     # not counted: it is slow
     data._write_cache()
     data = Conversations(tmp_path / "d.json", tmp_path, data.language, [transform()], 512)
     assert all(isinstance(array, np.memmap) for array in (data.bytes, data.cache, data.places))
     assert grows_by(lambda: all(data.row(i) for i in range(len(data)))) < 6e6      # Python itself, 3 MB
-    assert grows_by(lambda: all(str(row) for row in rows)) > 12e6   # a list of objects: reading one writes its count
+    assert grows_by(lambda: all(str(row) for row in rows)) > 12e6   # reading an object writes its count
     assert len(pickle.dumps(data)) < 2e6                            # what a worker gets that is not forked
 
 
