@@ -101,8 +101,8 @@ class VLM(nn.Module):
     def use_gradient_checkpointing(self):
         """Recompute the LLM's activations in backward instead of keeping them.
 
-        Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, because
-        of its dropout, yet its activations are needed to reach the projector.
+        Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, to drop
+        nothing, yet its activations are needed to reach the projector.
         """
         for layer in self.llm_layers():
             layer.forward = partial(torch_checkpoint, layer.forward, use_reentrant=False)

@@ -86,7 +86,7 @@ def main(cfg):
     model = load_vlm(cfg, cfg.trained, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if cfg.ckpt:
         checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
-    torch.manual_seed(cfg.seed + rank)                      # each rank drops other activations, where a model has dropout
+    torch.manual_seed(cfg.seed + rank)                      # with dropout, each rank drops other activations
     model.set_trained(cfg.trained)
     if cfg.gradient_checkpointing:
         model.use_gradient_checkpointing()
@@ -219,7 +219,7 @@ def stop_at_bad_examples(micro_batches, counts):
 def stop_unless_finite(loss, norm, step, micro_batches):
     """Before the update. All ranks have the same two numbers, so all stop here."""
     if not math.isfinite(loss) or not math.isfinite(norm):
-        ids = [None] * dist.get_world_size()                # the bad one may be on any rank, and only one is shown
+        ids = [None] * dist.get_world_size()                # any rank may have the bad one, only one is shown
         dist.all_gather_object(ids, ", ".join(name for batch in micro_batches for name in batch["ids"]))
         examples = "; ".join(f"rank {rank} had the examples {names}" for rank, names in enumerate(ids))
         raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are intact. "
@@ -338,7 +338,7 @@ def prepare(cfg, run, rank, restarted):
         if cfg.overwrite and not restarted and (run / "config.json").exists():
             old = run.with_name(f"{run.name}.overwritten")
             shutil.rmtree(old, ignore_errors=True)
-            run.rename(old)                                 # at once: killed half-way, old steps would pass for new ones
+            run.rename(old)                                 # killed half-way, old steps would pass for new ones
             shutil.rmtree(old)
         if (run / "config.json").exists():
             check_same_run(cfg, config.read_config(run), run)
@@ -376,7 +376,7 @@ def save(run, step, model, optimizer, about, keep, forever=False):
     states = [torch.empty_like(state) for _ in range(dist.get_world_size())]
     dist.all_gather(states, state)
     if dist.get_rank() == 0:
-        checkpoint.flush(run / "metrics.jsonl")             # a power cut must not leave a checkpoint without its lines
+        checkpoint.flush(run / "metrics.jsonl")             # a power cut must not take its lines
         optimizer_tensors = checkpoint.optimizer_tensors(model, optimizer)
         optimizer_tensors |= {f"random.{rank}": state.cpu() for rank, state in enumerate(states)}
         checkpoint.save(run, step, checkpoint.tensors_of(model, about["parts"]), optimizer_tensors,
@@ -459,13 +459,14 @@ class OtherRank(Exception):
 def explain(error):
     """-> what a user should read of an error, and whether it is but the echo of another rank's end."""
     text = str(error)
-    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):  # died, or while it handed over
+    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
+        # The latter: it died while it handed over a batch.
         return ("a process that reads data was killed from outside, most often because memory ran out "
                 f"({(text or repr(error)).splitlines()[0]}). Lower --num_workers or --per_device_batch_size; "
                 "the same command continues"), False
     if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-        return (f"the disk refuses to write ({error}). What was saved is intact. Free some space, or choose another "
-                "--run_root; then the same command continues"), False
+        return (f"the disk refuses to write ({error}). What was saved is intact. Free some space, or choose "
+                "another --run_root; then the same command continues"), False
     if not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
         text = "".join(traceback.format_exception(error))
     return text, isinstance(error, OtherRank) or "closed by peer" in text or "reset by peer" in text
@@ -474,15 +475,15 @@ def explain(error):
 def end_with(error):
     """Ends this rank at once: a clean exit would wait for the others. torchrun then ends these, and shows the error again.
 
-    An error that all ranks have is shown once: rank zero goes first, and with it goes the run. An echo comes last: of
-    two that end within the same second, torchrun may take either for the cause.
+    An error that all ranks have is shown once: rank zero goes first, and with it goes the run. An echo comes last:
+    of two that end within the same second, torchrun may take either for the cause.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # DataLoader's handler raises when a worker dies, also in here
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     rank, (text, echo) = int(os.environ.get("RANK", 0)), explain(error)
     time.sleep(5 if echo else min(rank, 1) * 2)
     text = f"rank {rank} ends because another rank did; see there" if echo else f"error (rank {rank}): {text}"
-    if "TORCHELASTIC_ERROR_FILE" in os.environ and not echo:            # what torchrun shows as the root cause
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and not echo:    # what torchrun shows as the root cause
         shown = json.dumps({"message": text, "timestamp": int(time.time())})
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(shown)
     print(f"\n{text}", file=sys.stderr, flush=True)

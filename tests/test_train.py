@@ -62,7 +62,7 @@ def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
 
 
 def train_here(monkeypatch, world, root, *flags, stage="finetune"):
-    """The same in this process, seconds faster. Without DDP, which for one rank does nothing but start threads."""
+    """The same in this process, seconds faster. Without DDP, which does nothing for one rank but start threads."""
     def alone(model, **_):
         model.no_sync = nullcontext
         return model
@@ -120,16 +120,17 @@ def test_a_run_writes_one_line_per_step_and_mixes_modalities(one_rank):
 def assert_same_curve(got, want):
     for ours, theirs in zip(got, want, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)      # fp32 sums in another order
-        assert [ours[name] for name in ("tokens", "modality", "lr")] == [theirs[name] for name in ("tokens", "modality", "lr")]
+        for name in ("tokens", "modality", "lr"):
+            assert ours[name] == theirs[name]
 
 
 SAVE_ALL = ["--save_every", "1", "--keep", "20"]
 
 
-@pytest.mark.parametrize("ranks,per_device,more", [(2, 1, ["--gradient_checkpointing", *SAVE_ALL]), (4, 2, [])])
-def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank, tmp_path, ranks, per_device, more):
+@pytest.mark.parametrize("ranks,size,more", [(2, "1", ["--gradient_checkpointing", *SAVE_ALL]), (4, "2", [])])
+def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank, tmp_path, ranks, size, more):
     """one_rank is 1 rank x 2 micro-batches; here are 2 x 4, with recomputed activations, and 4 x 1."""
-    metrics, run, _ = run_train(world, tmp_path, "--max_steps", "20", "--per_device_batch_size", str(per_device), *more,
+    metrics, run, _ = run_train(world, tmp_path, "--max_steps", "20", "--per_device_batch_size", size, *more,
                                 ranks=ranks)
     assert_same_curve(metrics, one_rank[0])
     assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
@@ -143,7 +144,7 @@ def assert_text_only_steps_leave_the_projector_alone(run, metrics):
     for folder, line in zip(checkpoint.step_folders(run), metrics, strict=True):
         tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
         now = {name: tensor for name, tensor in tensors.items() if "projector." in name}
-        assert len(now) == 16                               # four parameters, each with two moments and a step count
+        assert len(now) == 16                               # 4 parameters, each with 2 moments and a step count
         if before:
             kinds.add(line["modality"])
             assert all(torch.equal(now[name], before[name]) for name in now) == (line["modality"] == "text")
@@ -205,7 +206,7 @@ def test_a_lost_run_continues_bit_for_bit(world, one_rank, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", checkpoint.FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, world, one_rank, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_named_and_not_used(name, world, one_rank, tmp_path, monkeypatch, capsys):
     shutil.copytree(one_rank[1], tmp_path / "r")
     file = tmp_path / "r" / "step-00000020" / name
     file.write_bytes(file.read_bytes()[:-10])
@@ -239,7 +240,8 @@ def test_a_disk_that_is_full_between_two_checkpoints_is_explained(world, tmp_pat
     monkeypatch.setattr(train, "open", lambda *_: Full(), raising=False)
     with pytest.raises(OSError) as e:
         train_here(monkeypatch, world, tmp_path, "--max_steps", "1")
-    assert train.explain(e.value)[0].startswith("the disk refuses to write ([Errno 28] No space left on device: 'metrics")
+    said = "the disk refuses to write ([Errno 28] No space left on device: 'metrics.jsonl')"
+    assert train.explain(e.value)[0].startswith(said)
 
 
 def test_a_run_that_continues_without_its_optimizer_would_be_caught(world, one_rank, tmp_path, monkeypatch):
@@ -247,7 +249,7 @@ def test_a_run_that_continues_without_its_optimizer_would_be_caught(world, one_r
     file = lost_after_15_steps(one_rank[1], tmp_path) / "optimizer.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if name.startswith("random.")}, file)
     again, _ = train_here(monkeypatch, world, tmp_path, *SHORT)
-    assert exactly(again)[:11] == exactly(one_rank[0])[:11]             # the loss of step 11 is before its update
+    assert exactly(again)[:11] == exactly(one_rank[0])[:11]     # the loss of step 11 is before its update
     with pytest.raises(AssertionError):
         assert_same_curve(again, one_rank[0])
 
@@ -258,21 +260,24 @@ def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp
     assert "this run is finished, all 20 steps are done" in capsys.readouterr().out
     with pytest.raises(config.UserError) as e:
         train_here(monkeypatch, world, tmp_path, *SHORT, "--learning_rate", "0.5", "--max_length", "99")
-    assert "holds a run with other flags: --max_length was 512, is 99; --learning_rate was 0.0005, is 0.5. " in str(e.value)
+    said = "holds a run with other flags: --max_length was 512, is 99; --learning_rate was 0.0005, is 0.5. "
+    assert said in str(e.value)
 
 
 def test_starting_from_a_run_and_continuing_it_can_not_be_confused(world, one_rank, tmp_path, monkeypatch):
     shutil.copytree(one_rank[1], tmp_path / "r")
     for ckpt in (tmp_path / "r", tmp_path / "r" / "step-00000010"):     # weights of itself
-        with pytest.raises(config.UserError, match=f"--ckpt {ckpt} is the folder of this run. To continue it, leave --ckpt"):
+        said = f"--ckpt {ckpt} is the folder of this run. To continue it, leave --ckpt"
+        with pytest.raises(config.UserError, match=said):
             train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(ckpt))
         with pytest.raises(config.UserError, match="is the folder of this run"):
             train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(ckpt), "--overwrite")
     with pytest.raises(config.UserError, match="--ckpt was '', is .*one.*; --no_align was True, is False"):
-        train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(one_rank[1]))    # weights of another run
+        train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(one_rank[1]))    # of another run
     assert len(list((tmp_path / "r").glob("step-*"))) == 2 and len(metrics_of(tmp_path / "r")) == 20
+    # A new run takes the weights only: its first step is step 1, its optimizer is fresh.
     metrics, run = train_here(monkeypatch, world, tmp_path / "new", "--ckpt", str(one_rank[1]), "--max_steps", "1",
-                              "--learning_rate", "0")                   # weights only: step 1, a fresh optimizer
+                              "--learning_rate", "0")
     assert [line["step"] for line in metrics] == [1]
     assert load_file(run / "step-00000001" / "optimizer.safetensors")["step.projector.0.bias"] == 1
     assert all(torch.equal(tensor, weights(one_rank[1])[name]) for name, tensor in weights(run).items())
@@ -297,7 +302,7 @@ def test_overwrite_that_is_killed_half_way_leaves_no_old_step_in_the_new_run(tmp
             train.prepare(cfg, tmp_path / "r", 0, restarted=False)
             assert [path.name for path in (tmp_path / "r").iterdir()] == ["config.json"]
         (tmp_path / "r" / "step-00000004").mkdir()
-        train.prepare(cfg, tmp_path / "r", 0, restarted=True)           # torchrun starts again what it began itself
+        train.prepare(cfg, tmp_path / "r", 0, restarted=True)           # by torchrun, which began it itself
         assert (tmp_path / "r" / "step-00000004").exists()
     finally:
         dist.destroy_process_group()
@@ -307,7 +312,8 @@ def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(w
     _, run, printed = run_train(world, tmp_path / "a", "--max_steps", "4", stage="align")
     assert {name.split(".")[0] for name in weights(run)} == {"projector"}
     assert f"next     torchrun train.py --stage finetune --ckpt {run}" in printed
-    _, tuned = train_here(monkeypatch, world, tmp_path / "f", "--ckpt", str(run), "--max_steps", "2", "--learning_rate", "0")
+    _, tuned = train_here(monkeypatch, world, tmp_path / "f", "--ckpt", str(run), "--max_steps", "2",
+                          "--learning_rate", "0")
     assert {name.split(".")[0] for name in weights(tuned)} == {"projector", "llm"}
     for name, tensor in weights(run).items():
         assert torch.equal(weights(tuned)[name], tensor), name
@@ -319,8 +325,8 @@ def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     picture["image"] = "nowhere.png" if isinstance(picture["image"], str) else ["nowhere.png"] * 2
     (world / "broken.json").write_text(json.dumps(rows))
     began = time.time()
-    metrics, run, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"), "--max_steps", "20", ranks=2,
-                              ok=False)
+    metrics, run, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"), "--max_steps", "20",
+                                      ranks=2, ok=False)
     assert time.time() - began < 60                         # its start included
     newest, _ = checkpoint.newest(run)
     assert (checkpoint.read_state(newest)["step"] if newest else 0) == len(metrics)
@@ -330,13 +336,14 @@ def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     assert "traceback : error (rank " in shown[-1] and f"id='{picture['id']}'" in shown[-1], printed
 
 
-@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf), (1.0, -math.inf)])
+@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf)])
 def test_a_loss_or_a_norm_that_is_not_finite_names_the_step_and_the_examples(loss, norm):
     batches = [{"ids": ["a", "b"]}, {"ids": ["c"]}]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(config.UserError, match=rf"^step 7: loss {loss}, gradient norm {norm}. The update was not made, "
-                                                   "checkpoints are intact. rank 0 had the examples a, b, c. Look"):
+        said = (f"^step 7: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are intact. "
+                "rank 0 had the examples a, b, c. Look at them")
+        with pytest.raises(config.UserError, match=said):
             train.stop_unless_finite(loss, norm, 7, batches)
         train.stop_unless_finite(1.0, 1.0, 7, batches)
     finally:
@@ -345,10 +352,10 @@ def test_a_loss_or_a_norm_that_is_not_finite_names_the_step_and_the_examples(los
 
 READER_DIED = "a process that reads data was killed from outside, most often because memory ran out "
 ENDS = {        # error: how its explanation begins, whether it is an echo
-    "DataLoader worker (pid(s) 7) exited unexpectedly": (RuntimeError, READER_DIED + "(DataLoader worker (pid(s) 7)", False),
+    "DataLoader worker (pid(s) 7) exited": (RuntimeError, READER_DIED + "(DataLoader worker (pid(s) 7)", False),
     "": (EOFError, READER_DIED + "(EOFError()). Lower --num_workers", False),
-    "[Errno 104] Connection reset by peer": (ConnectionResetError, READER_DIED + "([Errno 104] Connection reset by peer)", False),
-    "gloo: Connection closed by peer [127.0.0.1]:1": (RuntimeError, "RuntimeError: gloo: Connection closed by peer", True),
+    "Connection reset by peer": (ConnectionResetError, READER_DIED + "(Connection reset by peer). Lower", False),
+    "gloo: Connection closed by peer": (RuntimeError, "RuntimeError: gloo: Connection closed by peer", True),
     "another rank met a bad example": (train.OtherRank, "another rank met a bad example", True),
     "one sentence": (config.UserError, "one sentence", False),
     "a bug": (RuntimeError, "RuntimeError: a bug", False)}
@@ -365,7 +372,8 @@ def test_an_error_is_explained(said):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_disk_that_refuses_is_explained(number):
     text, echo = train.explain(OSError(number, os.strerror(number), "r/metrics.jsonl"))
-    assert text.startswith(f"the disk refuses to write ([Errno {number}] ") and "r/metrics.jsonl" in text and not echo
+    assert text.startswith(f"the disk refuses to write ([Errno {number}] ") and not echo
+    assert "r/metrics.jsonl" in text
 
 
 def test_python_train_py_is_a_world_of_one(world, tmp_path):
