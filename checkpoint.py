@@ -22,7 +22,8 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 def step_folders(run):
     """All step folders of a run, oldest first. A folder gets this name only after all its files are on disk."""
-    return sorted(folder for folder in Path(run).glob("step-*") if folder.is_dir() and folder.name[5:].isdigit())
+    folders = [path for path in Path(run).glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
 def damage(step_folder):
@@ -74,8 +75,9 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
         shutil.rmtree(final)
     part.rename(final)                                      # the folder appears whole or not at all
     flush(run)
-    removable = [folder for folder in step_folders(run) if damage(folder) or not read_state(folder).get("forever")]
-    for old in removable[:-keep]:
+    # A damaged one counts for nothing: with it among the `keep` newest, the last whole one could go.
+    whole = [folder for folder in step_folders(run) if not damage(folder)]
+    for old in [folder for folder in whole if not read_state(folder).get("forever")][:-keep]:
         old.rename(part)                                    # under its own name it would be a damaged one, if killed here
         shutil.rmtree(part)
     return final
@@ -133,7 +135,7 @@ def load_weights(model, step_folder):
         saved = load_file(file)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} can't be read: {e}") from e
-    parts = {name.split(".")[0] for name in saved}
+    parts = {name.split(".")[0] for name in saved} | set(read_state(step_folder)["parts"])
     wanted = tensors_of(model, parts)
     wrong = ([f"missing {name}" for name in wanted if name not in saved]
              + [f"surplus {name}" for name in saved if name not in wanted]
@@ -166,6 +168,10 @@ def load_optimizer(model, optimizer, step_folder):
             tensor = file.get_tensor(full_name)
             if key == "random":
                 random_states[name] = tensor
+            elif name not in parameters or tensor.shape not in ((), parameters[name].shape):
+                raise UserError(f"{step_folder}/optimizer.safetensors is of another model: its {full_name} "
+                                f"{tuple(tensor.shape)} has no such parameter to go with. Remove "
+                                f"{step_folder}; the same command then continues from the checkpoint before")
             else:
                 optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
     return random_states

@@ -336,6 +336,7 @@ def read_image(path):
 
 # -- the dataset -----------------------------------------------------------------------------------------------------
 
+LENGTHS = 1                                                 # raise it when examples become other ids
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -414,6 +415,13 @@ class Conversations(torch.utils.data.Dataset):
         # by page, because Python writes a reference count into each object it looks at.
         self.bytes = np.memmap(path, np.uint8, "r")
 
+    def __getstate__(self):
+        """For a worker that is started afresh, not forked: it maps the file itself, and gets no copy."""
+        return self.__dict__ | {"bytes": None}
+
+    def __setstate__(self, state):
+        self.__dict__ = state | {"bytes": np.memmap(state["path"], np.uint8, "r")}
+
     def __len__(self):
         return len(self.places)
 
@@ -489,6 +497,8 @@ class Conversations(torch.utils.data.Dataset):
         next good one.
         """
         if self.cache is None:
+            self.cache = self._read_cache()                 # by now another rank may have counted
+        if self.cache is None:
             self.cache = np.column_stack([self.places, self._count()])
             self._write_cache()
         lengths, has_image = self.cache[:, 3].copy(), self.cache[:, 4].astype(bool)
@@ -535,12 +545,12 @@ class Conversations(torch.utils.data.Dataset):
         tokenizer = self.language.tokenizer
         rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
         h.update(repr((rules, self.language.prompt, self.language.bos, self.transforms[0].patches, self.max_length,
-                       self.caption_only, self.policy is not None)).encode())
+                       self.caption_only, tokenizer.eos_token, self.policy is not None, LENGTHS)).encode())
         return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
 
     def _read_cache(self):
         try:
-            return np.load(self._cache_file(), allow_pickle=False)
+            return np.load(self._cache_file(), mmap_mode="r", allow_pickle=False)       # shared by all
         except (OSError, ValueError, EOFError):             # not there, or cut off: then it is made again
             return None
 

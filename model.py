@@ -3,9 +3,12 @@
 Shapes: B examples, T positions, N pictures in the batch, P patches per picture, D_v vision width, D LLM width,
 V vocabulary, S supervised positions.
 """
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging
 
@@ -73,9 +76,9 @@ class VLM(nn.Module):
         self.requires_grad_(False)
         for name in names:
             if name == "llm.last":                          # what OpenVLA calls the last layer
-                layers = next(m for m in self.llm.base_model.modules() if isinstance(m, nn.ModuleList))
-                for module in (layers[-1], self.llm.get_input_embeddings(), self.llm.get_output_embeddings()):
-                    module.requires_grad_(True)
+                self.llm_layers()[-1].requires_grad_(True)
+                self.llm.get_input_embeddings().requires_grad_(True)
+                self.llm.get_output_embeddings().requires_grad_(True)
             else:
                 getattr(self, name).requires_grad_(True)
         if "vision" in self.trained:
@@ -90,17 +93,19 @@ class VLM(nn.Module):
         for name in PARTS:
             if name not in self.trained:
                 getattr(self, name).eval()
-        # transformers recomputes only in layers that are in training mode. A frozen LLM is not, yet its activations are
-        # needed to reach the projector. The mode of a layer alone changes no result: its dropouts are its children.
-        for module in self.llm.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = mode
         return self
 
+    def llm_layers(self):
+        return next(module for module in self.llm.base_model.modules() if isinstance(module, nn.ModuleList))
+
     def use_gradient_checkpointing(self):
-        """Recompute the LLM's activations in backward instead of keeping them."""
-        self.llm.activation_checkpointing_enable({"use_reentrant": False})
-        self.train()
+        """Recompute the LLM's activations in backward instead of keeping them.
+
+        Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, to drop
+        nothing, yet its activations are needed to reach the projector.
+        """
+        for layer in self.llm_layers():
+            layer.forward = partial(torch_checkpoint, layer.forward, use_reentrant=False)
 
     def embed(self, input_ids, pixel_values):               # (B, T), one (N, C, H, W) per vision model
         """Token embeddings with the projected patches in their places -> (B, T, D)."""

@@ -261,7 +261,9 @@ class Writer:
 
     def save(self, name, rows):
         self.rng.shuffle(rows)
-        (self.folder / name).write_text(json.dumps(rows, indent=0))
+        part = self.folder / f"{name}.part"                 # killed here, the file would exist and be cut off
+        part.write_text(json.dumps(rows, indent=0))
+        part.replace(self.folder / name)
         print(f"{self.folder / name}: {len(rows)} examples")
 
 

@@ -7,6 +7,7 @@
 
 The same command again continues a run where it stopped.
 """
+import errno
 import json
 import math
 import os
@@ -85,6 +86,7 @@ def main(cfg):
     model = load_vlm(cfg, cfg.trained, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if cfg.ckpt:
         checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
+    torch.manual_seed(cfg.seed + rank)                      # with dropout, each rank drops other activations
     model.set_trained(cfg.trained)
     if cfg.gradient_checkpointing:
         model.use_gradient_checkpointing()
@@ -217,9 +219,11 @@ def stop_at_bad_examples(micro_batches, counts):
 def stop_unless_finite(loss, norm, step, micro_batches):
     """Before the update. All ranks have the same two numbers, so all stop here."""
     if not math.isfinite(loss) or not math.isfinite(norm):
-        ids = ", ".join(name for batch in micro_batches for name in batch["ids"])
+        ids = [None] * dist.get_world_size()                # any rank may have the bad one, only one is shown
+        dist.all_gather_object(ids, ", ".join(name for batch in micro_batches for name in batch["ids"]))
+        examples = "; ".join(f"rank {rank} had the examples {names}" for rank, names in enumerate(ids))
         raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are intact. "
-                        f"Rank {dist.get_rank()} had the examples {ids}. Look at them, or lower --learning_rate")
+                        f"{examples}. Look at them, or lower --learning_rate")
 
 
 def learning_rate(step, total, cfg):
@@ -256,7 +260,9 @@ def start_process_group():
     kept, rank, world_size = next(dist.rendezvous("env://")) if under_torchrun else (dist.HashStore(), 0, 1)
     store = store_of_this_start(kept, rank, world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=bound)
-    return device, rank == 0 and kept.add("starts", 1) > 1
+    # Which of the two counts depends on torch's version, and on the machine where the dead rank was.
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return device, rank == 0 and (kept.add("starts", 1) > 1 or again)
 
 
 def store_of_this_start(store, rank, world_size):
@@ -330,7 +336,10 @@ def prepare(cfg, run, rank, restarted):
             raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt as it was at the "
                             "start; to start from it, name the new run with --run_id")
         if cfg.overwrite and not restarted and (run / "config.json").exists():
-            shutil.rmtree(run)
+            old = run.with_name(f"{run.name}.overwritten")
+            shutil.rmtree(old, ignore_errors=True)
+            run.rename(old)                                 # killed half-way, old steps would pass for new ones
+            shutil.rmtree(old)
         if (run / "config.json").exists():
             check_same_run(cfg, config.read_config(run), run)
         else:
@@ -367,6 +376,7 @@ def save(run, step, model, optimizer, about, keep, forever=False):
     states = [torch.empty_like(state) for _ in range(dist.get_world_size())]
     dist.all_gather(states, state)
     if dist.get_rank() == 0:
+        checkpoint.flush(run / "metrics.jsonl")             # a power cut must not take its lines
         optimizer_tensors = checkpoint.optimizer_tensors(model, optimizer)
         optimizer_tensors |= {f"random.{rank}": state.cpu() for rank, state in enumerate(states)}
         checkpoint.save(run, step, checkpoint.tensors_of(model, about["parts"]), optimizer_tensors,
@@ -400,9 +410,7 @@ def resume(cfg, run, model, optimizer):
     file = run / "metrics.jsonl"
     if dist.get_rank() == 0 and file.exists():              # drop the lines of steps that were lost
         lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = file.with_suffix(".part")
-        kept.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        kept.replace(file)
+        checkpoint.write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
     return step
 
 
@@ -440,33 +448,44 @@ def finish(cfg, run):
         print(f"next     python generate.py --ckpt {run} --image FILE --prompt TEXT")
 
 
+# No space, quota used up, file too large, read-only disk, no permission.
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
 class OtherRank(Exception):
     """This rank is well, but has to end because another one can't go on."""
+
+
+def explain(error):
+    """-> what a user should read of an error, and whether it is but the echo of another rank's end."""
+    text = str(error)
+    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
+        # The latter: it died while it handed over a batch.
+        return ("a process that reads data was killed from outside, most often because memory ran out "
+                f"({(text or repr(error)).splitlines()[0]}). Lower --num_workers or --per_device_batch_size; "
+                "the same command continues"), False
+    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+        return (f"the disk refuses to write ({error}). What was saved is intact. Free some space, or choose "
+                "another --run_root; then the same command continues"), False
+    if not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
+        text = "".join(traceback.format_exception(error))
+    return text, isinstance(error, OtherRank) or "closed by peer" in text or "reset by peer" in text
 
 
 def end_with(error):
     """Ends this rank at once: a clean exit would wait for the others. torchrun then ends these, and shows the error again.
 
-    An error that all ranks have is shown once: rank zero goes first, and with it goes the run.
+    An error that all ranks have is shown once: rank zero goes first, and with it goes the run. An echo comes last:
+    of two that end within the same second, torchrun may take either for the cause.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # DataLoader's handler raises when a worker dies, also in here
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    rank, text = int(os.environ.get("RANK", 0)), str(error)
-    time.sleep(5 if isinstance(error, OtherRank) else min(rank, 1) * 2)
-    reader_died = "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError))
-    if reader_died:                                         # the latter: it died while it handed over a batch
-        text = ("a process that reads data was killed from outside, most often because memory ran out "
-                f"({(text or repr(error)).splitlines()[0]}). Lower --num_workers or --per_device_batch_size; "
-                "the same command continues")
-    elif not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
-        text = "".join(traceback.format_exception(error))
-    if not reader_died and ("closed by peer" in text or "reset by peer" in text or isinstance(error, OtherRank)):
-        text = f"rank {rank} ends because another rank did; see there"
-    else:
-        text = f"error (rank {rank}): {text}"
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:         # what torchrun shows as the root cause
-            shown = json.dumps({"message": text, "timestamp": int(time.time())})
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(shown)
+    rank, (text, echo) = int(os.environ.get("RANK", 0)), explain(error)
+    time.sleep(5 if echo else min(rank, 1) * 2)
+    text = f"rank {rank} ends because another rank did; see there" if echo else f"error (rank {rank}): {text}"
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and not echo:    # what torchrun shows as the root cause
+        shown = json.dumps({"message": text, "timestamp": int(time.time())})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(shown)
     print(f"\n{text}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -1,6 +1,9 @@
 """data.py: prompts, labels, lengths, batches, pictures."""
 import json
+import os
+import pickle
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,14 +333,23 @@ def test_lengths_are_counted_once_and_kept(tmp_path, no_counting):
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_lengths_that_another_rank_has_counted_are_read(tmp_path, no_counting):
+    """All ranks open the file at the same time, then rank zero counts."""
+    lang = language()
+    ranks = [dataset(tmp_path, ROWS, lang) for _ in range(2)]
+    want = ranks[0].lengths()[0].tolist()
+    no_counting()
+    assert ranks[1].lengths()[0].tolist() == want
+
+
 OTHER_TEXT = [{"conversations": talk("What is it?", "A  cat")}, *ROWS[1:4]]     # as many bytes as before
 
 
 @pytest.mark.parametrize("change", [
     {"rows": OTHER_TEXT}, {"rows": ROWS[3::-1]}, {"lang": language("phi")},
     {"lang": language(add_bos=True)}, {"lang": language(prompt="vicuna")}, {"max_length": 25},
-    {"transforms": [transform(size=8)]}, {"caption_only": True}],
-    ids=["text", "order", "tokenizer", "bos", "prompt", "max_length", "patches", "stage"])
+    {"transforms": [transform(size=8)]}, {"caption_only": True}, {"lang": language("smollm", "chatml")}],
+    ids=["text", "order", "tokenizer", "bos", "prompt", "max_length", "patches", "stage", "chat tokenizer"])
 def test_kept_lengths_are_never_stale(change, tmp_path):
     rows = ROWS[1:3] if "caption_only" in change else ROWS[:4]
     base = {"rows": rows, "lang": language(), "max_length": 512}
@@ -353,10 +365,70 @@ def test_kept_lengths_are_never_stale(change, tmp_path):
     assert again.lengths()[0].tolist() == real_lengths(again)
 
 
+def test_kept_lengths_of_captions_know_their_end_token(tmp_path):
+    """It ends a caption, whatever the prompt format: here an end of one token, or a word of several."""
+    for eos in ("<|im_end|>", "the very end"):
+        lang = language("qwen", "chatml")
+        lang.tokenizer.eos_token = eos
+        captions = dataset(tmp_path, ROWS[1:3], lang, caption_only=True)
+        assert captions.lengths()[0].tolist() == real_lengths(captions)
+
+
 def test_kept_lengths_tell_16_patches_and_64_positions_from_1_patch_and_664(tmp_path):
     for size, max_length in ((32, 64), (8, 664)):           # the digits 1664, both times
         one = dataset(tmp_path, ROWS[1:2], language(), [transform(size=size)], max_length=max_length)
         assert one.lengths()[0].tolist() == real_lengths(one)
+
+
+def private_memory():
+    """Bytes that this process alone has written into memory. Pages of a mapped data file are not among them: they
+    are the system's, and shared with whoever maps it too."""
+    total, ours = 0, True
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):               # a mapping's head; its file stands at the end
+            ours = not line.endswith((".json", ".npy"))
+        elif ours and line.startswith("Private_Dirty:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+def grows_by(function):
+    """Private bytes that a forked child, as a data worker is one, gets by calling the function."""
+    end, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            before = private_memory()
+            function()
+            os.write(start, str(private_memory() - before).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(start)
+    return int(os.read(end, 99))
+
+
+def test_a_large_file_is_mapped_and_no_worker_copies_it(tmp_path):
+    texts = "What is it?", *["A cat."] * 10, "x" * 600
+    rows = [{"id": i, "conversations": talk(*texts)} for i in range(20_000)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    assert (tmp_path / "d.json").stat().st_size > 20e6
+    data = Conversations(tmp_path / "d.json", tmp_path, language(), [transform()], 512)
+    data.cache = np.column_stack([data.places, np.ones((20_000, 2), np.int64)])     # not counted: it is slow
+    data._write_cache()
+    data = Conversations(tmp_path / "d.json", tmp_path, data.language, [transform()], 512)
+    assert all(isinstance(array, np.memmap) for array in (data.bytes, data.cache, data.places))
+    assert grows_by(lambda: all(data.row(i) for i in range(len(data)))) < 6e6      # Python itself, 3 MB
+    assert grows_by(lambda: all(str(row) for row in rows)) > 12e6   # reading an object writes its count
+    assert len(pickle.dumps(data)) < 2e6                            # what a worker gets that is not forked
+
+
+def test_a_worker_that_is_not_forked_reads_the_same(tmp_path):
+    data = dataset(tmp_path, ROWS, language())
+    data.lengths()
+    other = pickle.loads(pickle.dumps(data))
+    assert [other.row(i) for i in range(len(ROWS))] == ROWS and isinstance(other.bytes, np.memmap)
+    assert [a.tolist() for a in other.lengths()] == [a.tolist() for a in data.lengths()]
 
 
 def test_a_broken_file_of_lengths_is_made_again(tmp_path):

@@ -574,6 +574,7 @@ def with_projector(kind="linear", width=16):
 
 
 def saved(folder):
+    (folder / "state.json").write_text('{"parts": ["projector"]}')
     save_file(checkpoint.tensors_of(with_projector(), ["projector"]), folder / "model.safetensors")
     return folder / "model.safetensors"
 

@@ -5,26 +5,70 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import checkpoint
-from test_train import ROOT, assert_same_up_to_rounding, run_train, train_command, weights, world  # noqa: F401
+from data import BadExample
+from test_train import (ROOT, SHORT, assert_bit_for_bit, assert_same_curve,  # noqa: F401
+                        assert_same_up_to_rounding, one_rank, run_train, train_command, train_here, weights, world)
 
-FLAGS = ("--max_steps", "16", "--save_every", "4", "--keep", "9")
+@pytest.fixture(scope="session")
+def flags(tmp_path_factory):
+    """16 steps, one epoch is 12. The language model has dropout: the random state of each rank decides the losses."""
+    folder = tmp_path_factory.mktemp("llm")
+    shutil.copytree(ROOT / "toy" / "llm", folder, dirs_exist_ok=True)
+    settings = json.loads((folder / "config.json").read_text())
+    drop = {name: 0.1 for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+    (folder / "config.json").write_text(json.dumps(settings | drop))
+    return ("--max_steps", "16", "--save_every", "4", "--keep", "9", "--llm_backbone", str(folder))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(world, tmp_path_factory):
-    """Two ranks, 16 steps (one epoch is 12), never interrupted."""
-    return run_train(world, tmp_path_factory.mktemp("undisturbed"), *FLAGS, ranks=2)
+def undisturbed(world, flags, tmp_path_factory):
+    """Two ranks, never interrupted."""
+    return run_train(world, tmp_path_factory.mktemp("undisturbed"), *flags, ranks=2)
+
+
+def test_each_rank_has_its_own_random_state_in_a_checkpoint(undisturbed):
+    seen = set()
+    for folder in checkpoint.step_folders(undisturbed[1]):
+        tensors = load_file(folder / "optimizer.safetensors")
+        seen |= {tensors[f"random.{rank}"].numpy().tobytes() for rank in (0, 1)}
+    assert len(seen) == 8                                   # four checkpoints of two ranks, all different
+
+
+def test_a_run_that_continues_with_another_random_state_would_be_caught(world, flags, tmp_path, monkeypatch):
+    few = (*flags, "--max_steps", "4", "--save_every", "2")
+    whole = train_here(monkeypatch, world, tmp_path, *few)
+    for kept in ("random.0", "nothing"):
+        lose_steps_after(whole[1], tmp_path / kept, 2)
+        file = tmp_path / kept / "r" / "step-00000002" / "optimizer.safetensors"
+        tensors = load_file(file)
+        if kept == "nothing":
+            del tensors["random.0"]
+        save_file(tensors, file)
+        train_here(monkeypatch, world, tmp_path / kept, *few)
+    assert_same_run(tmp_path / "random.0", whole)
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "nothing", whole)
+
+
+def lose_steps_after(run, root, step):
+    shutil.copytree(run, root / "r")
+    for folder in checkpoint.step_folders(root / "r"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
 
 
 def start(world, root, *flags, ranks=2, stage="finetune", **options):
@@ -66,29 +110,41 @@ def assert_same_run(root, undisturbed):
     assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
 
 
-def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(world, undisturbed, tmp_path, request):
-    """Also in the first seconds, while a checkpoint is written and between epochs: a moment is any moment."""
+def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(world, flags, undisturbed, tmp_path, request):
+    """Also in the first seconds, while a checkpoint is written and between epochs: a moment is any moment.
+
+    With `-s` it says what each kill met.
+    """
     rng, kills, rounds = random.Random(0), request.config.getoption("--kills"), 0
-    process, done = start(world, tmp_path, *FLAGS), False
-    for _ in range(kills):
+    process, began = start(world, tmp_path, *flags), time.time()
+    for kill in range(kills):
         # Half of the kills come while the run is training or saving, the others at any time since the start.
         if rng.random() < 0.5:
             wait_or_end(tmp_path, process)
             time.sleep(rng.uniform(0, 1.5))
         else:
             time.sleep(rng.uniform(0, 8))
-        if process.poll() is not None:                      # finished: begin again, there are kills left
+        if process.poll() is None:
+            kill_all(process)
+        else:
             assert process.communicate() and process.returncode == 0
+        print(f"kill {kill + 1}, {time.time() - began:.1f} s after the start, round {rounds}, "
+              f"step {metrics_text(tmp_path).count(chr(10))}",
+              "while it saved" if list((tmp_path / "r").glob("part-*")) else "", flush=True)
+        if (tmp_path / "r" / "step-00000016").exists():     # the last one: begin again, there are kills left
             assert_same_run(tmp_path, undisturbed)
             shutil.rmtree(tmp_path / "r")
             rounds += 1
-        else:
-            kill_all(process)
-        process = start(world, tmp_path, *FLAGS)
+        process, began = start(world, tmp_path, *flags), time.time()
     printed = process.communicate(timeout=200)[0]
     assert process.returncode == 0, printed
     assert_same_run(tmp_path, undisturbed)
-    assert not list((tmp_path / "r").glob("part-*")) or rounds == 0
+    assert not list((tmp_path / "r").glob("part-*"))
+
+
+def metrics_text(root):
+    file = Path(root) / "r" / "metrics.jsonl"
+    return file.read_text() if file.exists() else ""
 
 
 def wait_or_end(root, process):
@@ -99,20 +155,37 @@ def wait_or_end(root, process):
         time.sleep(0.01)
 
 
-def test_a_signal_to_one_rank_saves_and_ends_all_with_success(world, undisturbed, tmp_path):
-    process = start(world, tmp_path, *FLAGS)
+def test_a_signal_to_one_rank_saves_and_ends_all_with_success(world, flags, tmp_path):
+    process = start(world, tmp_path, *flags)
     wait_for_step(tmp_path, 2, process)
     began = time.time()
     os.kill(children(process.pid)[1], signal.SIGTERM)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "stopped by a signal after step" in printed, printed
     assert time.time() - began < 20
-    run_train(world, tmp_path, *FLAGS, ranks=2)
-    assert_same_run(tmp_path, undisturbed)
+    newest, _ = checkpoint.newest(tmp_path / "r")
+    assert checkpoint.read_state(newest)["step"] == len(metrics_text(tmp_path).splitlines())
 
 
-def test_a_signal_to_torchrun_reaches_all_processes_and_the_run_still_saves(world, tmp_path):
-    process = start(world, tmp_path, *FLAGS, "--num_workers", "1")
+def test_ctrl_c_saves_and_ends_with_success_and_the_run_continues(world, one_rank, tmp_path, monkeypatch):
+    """It reaches all processes of the terminal, data workers too."""
+    command = train_command(world, tmp_path, *SHORT, "--num_workers", "1")
+    command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    wait_for_step(tmp_path, 2, process)
+    began = time.time()
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and time.time() - began < 20, printed
+    steps = len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
+    assert f"stopped by a signal after step {steps} and saved; the same command continues" in printed
+    assert steps < 20 and checkpoint.step_folders(tmp_path / "r")[-1].name == f"step-{steps:08d}"
+    assert_bit_for_bit(train_here(monkeypatch, world, tmp_path, *SHORT), one_rank)
+
+
+def test_a_signal_to_torchrun_reaches_all_processes_and_the_run_still_saves(world, flags, tmp_path):
+    process = start(world, tmp_path, *flags, "--num_workers", "1")
     wait_for_step(tmp_path, 2, process)
     process.terminate()
     printed = process.communicate(timeout=60)[0]
@@ -122,88 +195,97 @@ def test_a_signal_to_torchrun_reaches_all_processes_and_the_run_still_saves(worl
     assert newest.name == f"step-{len(metrics):08d}" and not damaged
 
 
-def test_a_dead_rank_ends_the_others_and_max_restarts_goes_on_by_itself(world, undisturbed, tmp_path):
-    command = train_command(world, tmp_path, *FLAGS, "--overwrite", ranks=2)
-    command.insert(command.index("--master_port=0"), "--max_restarts=1")
+def test_max_restarts_goes_on_by_itself_when_a_rank_dies(world, flags, undisturbed, tmp_path):
+    """A random one, at a random moment. --overwrite is for the user's start, not for the restarts."""
+    rng = random.Random()
+    command = train_command(world, tmp_path, *flags, "--overwrite", ranks=2)
+    command.insert(command.index("--master_port=0"), "--max_restarts=3")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-    wait_for_step(tmp_path, 6, process)
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    wait_for_step(tmp_path, 5, process)
+    mark = tmp_path / "r" / "mark"
+    mark.touch()
+    time.sleep(rng.uniform(0, 0.3))
+    os.kill(rng.choice(children(process.pid)), signal.SIGKILL)
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
     assert_same_run(tmp_path, undisturbed)
+    assert mark.exists(), "a restart began from the beginning"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, undisturbed, tmp_path):
-    shutil.copytree(undisturbed[1], tmp_path / "r")
-    for step, name in ((16, "optimizer.safetensors"), (12, "state.json")):
-        file = tmp_path / "r" / f"step-{step:08d}" / name
-        file.write_bytes(file.read_bytes()[:-10])
-    _, run, printed = run_train(world, tmp_path, *FLAGS, ranks=2)
-    assert f"{run}/step-00000016 is damaged and left aside (optimizer.safetensors" in printed
-    assert f"{run}/step-00000012 is damaged and left aside (state.json" in printed
-    assert_same_run(tmp_path, undisturbed)
+FAILS = """
+import os, runpy, sys
+sys.path.insert(0, os.getcwd())
+import model
+calls, forward = 0, model.VLM.forward
+def failing(*args):
+    global calls
+    calls += 1
+    if calls == 5 and os.environ["RANK"] == "1":
+        raise RuntimeError("cosmic ray")
+    return forward(*args)
+model.VLM.forward = failing
+runpy.run_path("train.py", run_name="__main__")
+"""
 
 
-def test_another_layout_continues_it_up_to_rounding(world, undisturbed, tmp_path):
-    shutil.copytree(undisturbed[1], tmp_path / "r")
-    shutil.rmtree(tmp_path / "r" / "step-00000016")
-    shutil.rmtree(tmp_path / "r" / "step-00000012")
-    metrics, run, _ = run_train(world, tmp_path, *FLAGS, "--per_device_batch_size", "2", "--num_workers", "1")
-    for got, want in zip(metrics, undisturbed[0], strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4) and got["tokens"] == want["tokens"]
-    assert_same_up_to_rounding(weights(run), weights(undisturbed[1]))
+def test_an_exception_on_one_rank_ends_all_and_is_shown_last(world, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = train_command(world, tmp_path, "--max_steps", "500", ranks=2)
+    command[command.index(str(ROOT / "train.py"))] = str(tmp_path / "fails.py")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for_step(tmp_path, 4, process)                     # it happens in the fifth
+    began = time.time()
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and time.time() - began < 30
+    shown = [line for line in printed.splitlines() if line.strip("= ")]
+    assert shown[-1] == "RuntimeError: cosmic ray", printed
+    assert "traceback : error (rank 1): Traceback" in printed
 
 
-def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(world, undisturbed, tmp_path):
-    shutil.copytree(undisturbed[1], tmp_path / "r")
-    shutil.rmtree(tmp_path / "r" / "step-00000016")
+def test_another_layout_continues_it_up_to_rounding(world, one_rank, tmp_path):
+    lose_steps_after(one_rank[1], tmp_path, 10)
+    metrics, run, _ = run_train(world, tmp_path, *SHORT, "--per_device_batch_size", "1", "--num_workers", "1",
+                                ranks=2)
+    assert_same_curve(metrics, one_rank[0])
+    assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
+
+
+def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(world, one_rank, tmp_path):
+    lose_steps_after(one_rank[1], tmp_path, 10)
+    command = train_command(world, tmp_path, *SHORT)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))   # no file larger than 1 MB
-    process = start(world, tmp_path, *FLAGS, preexec_fn=limit)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode != 0 and "the checkpoint of step 16 can't be written" in printed, printed
-    assert "Older ones are intact" in printed and not list((tmp_path / "r").glob("part-*"))
-    names = [folder.name for folder in checkpoint.step_folders(tmp_path / "r") if not checkpoint.damage(folder)]
-    assert names == ["step-00000004", "step-00000008", "step-00000012"]
+    command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    said = f"error (rank 0): the checkpoint of step 20 can't be written to {tmp_path / 'r'} ("
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(said), done.stderr
+    assert "Older ones are intact" in done.stderr and not list((tmp_path / "r").glob("part-*"))
+    folder, = checkpoint.step_folders(tmp_path / "r")
+    assert folder.name == "step-00000010" and not checkpoint.damage(folder)
 
 
-def test_a_bad_example_found_late_saves_first_and_can_be_mended(world, undisturbed, tmp_path):
-    images = tmp_path / "images"
-    shutil.copytree(world / "images", images)
-    flags = (*FLAGS, "--image_dir", str(images))
-    process = start(world, tmp_path, *flags)
-    wait_for_step(tmp_path, 1, process)
-    names = {name for row in json.loads((world / "finetune.json").read_text()) if "image" in row
-             for name in ([row["image"]] if isinstance(row["image"], str) else row["image"])}
-    for name in names:
-        (images / name).write_bytes(b"no picture")
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode != 0 and "can't be read" in printed and "finetune.json[" in printed, printed
-    assert "Original Traceback" not in printed
-    assert list((tmp_path / "r").glob("step-*")), "nothing was saved"
-    for name in names:
-        shutil.copy(world / "images" / name, images / name)
-    run_train(world, tmp_path, *flags, ranks=2)
-    assert_same_run(tmp_path, undisturbed)
-
-
-def test_skip_bad_examples_replaces_and_counts_them(world, tmp_path):
+def test_skip_bad_examples_replaces_and_counts_them(world, tmp_path, monkeypatch):
     rows = json.loads((world / "finetune.json").read_text())
     bad = [row for row in rows if isinstance(row.get("image"), str)][:3]
     bad[0]["image"], bad[1]["image"], bad[2]["conversations"] = "nowhere.png", "../outside.png", []
     (world / "three_bad.json").write_text(json.dumps(rows))
     flags = ("--train_json", str(world / "three_bad.json"), "--max_steps", "12", "--num_workers", "1")
-    metrics, _, _ = run_train(world, tmp_path, *flags, "--skip_bad_examples")
+    metrics, _ = train_here(monkeypatch, world, tmp_path, *flags, "--skip_bad_examples")
     assert 3 <= sum(line["replaced"] for line in metrics) <= 6      # some come twice, where a last batch is filled up
-    printed = run_train(world, tmp_path / "strict", *flags, ok=False)[2]
-    assert f"id='{bad[2]['id']}': 'conversations' must be a list" in printed
+    with pytest.raises(BadExample, match=f"id='{bad[2]['id']}': 'conversations' must be a list"):
+        train_here(monkeypatch, world, tmp_path / "strict", *flags)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path):
-    _, run, printed = run_train(world, tmp_path, "--max_steps", "9", "--learning_rate", "1e30", "--warmup_ratio", "0",
-                                "--save_every", "1", "--keep", "9", ok=False)
-    assert "step 2: loss" in printed and "The update was not made" in printed and "had the examples" in printed, printed
-    assert [folder.name for folder in run.glob("step-*")] == ["step-00000001"]
+    metrics, run, printed = run_train(world, tmp_path, "--max_steps", "9", "--learning_rate", "1e30",
+                                      "--warmup_ratio", "0", "--save_every", "1", "--keep", "9", ranks=2, ok=False)
+    assert "step 2: loss nan, gradient norm nan. The update was not made, checkpoints are" in printed, printed
+    assert [folder.name for folder in run.glob("step-*")] == ["step-00000001"] and len(metrics) == 1
+    ids = re.search("rank 0 had the examples (.*); rank 1 had the examples (.*). Look at them", printed).groups()
+    first, second = (names.split(", ") for names in ids)
+    assert len(first) == len(second) == 4 and first != second
+    assert set(first + second) <= {row["id"] for row in json.loads((world / "finetune.json").read_text())}
 
 
 def test_a_killed_data_worker_is_named(world, tmp_path):
@@ -218,23 +300,27 @@ def test_a_killed_data_worker_is_named(world, tmp_path):
     assert time.time() - began < 30 and 'train.py", line' not in printed
 
 
-def test_two_machines_are_two_agents_that_find_each_other(world, undisturbed, tmp_path):
+def test_two_machines_find_each_other_also_after_a_rank_has_died(world, flags, undisturbed, tmp_path):
+    """Two agents on one host."""
     port = random.Random(os.getpid()).randint(20000, 40000)
     agents = []
     for _ in range(2):
-        command = train_command(world, tmp_path, *FLAGS, ranks=1)
+        command = train_command(world, tmp_path, *flags, ranks=1)
         command[command.index("--rdzv_endpoint=localhost:0")] = f"--rdzv_endpoint=localhost:{port}"
-        command.insert(command.index("--master_port=0"), "--nnodes=2")
+        command[command.index("--master_port=0")] = "--nnodes=2"
+        command.insert(command.index("--nnodes=2"), "--max_restarts=3")
         agents.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                        env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    wait_for_step(tmp_path, 5, agents[0])
+    os.kill(children(agents[random.randrange(2)].pid)[0], signal.SIGKILL)
     printed = [agent.communicate(timeout=150)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_keep_removes_the_oldest_but_not_the_ends_of_epochs(world, tmp_path):
-    metrics, run, _ = run_train(world, tmp_path, "--epochs", "2", "--save_every", "5", "--keep", "1", "--keep_epochs",
-                                stage="align")
+def test_keep_removes_the_oldest_but_not_the_ends_of_epochs(world, tmp_path, monkeypatch):
+    metrics, run = train_here(monkeypatch, world, tmp_path, "--epochs", "2", "--save_every", "5", "--keep", "1",
+                              "--keep_epochs", stage="align")
     ends = len(metrics) // 2
     assert sorted(int(folder.name[5:]) for folder in run.glob("step-*")) == sorted({ends, len(metrics) // 5 * 5, 2 * ends})
 

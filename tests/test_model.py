@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig,
                           Dinov2WithRegistersModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel)
+                          LlavaConfig, LlavaForConditionalGeneration, OPTConfig, OPTForCausalLM,
+                          SiglipVisionConfig, SiglipVisionModel)
 
 import checkpoint
 from config import TRAINS
@@ -103,13 +104,17 @@ def test_every_vision_kind_loads_from_its_folder(kind, tmp_path):
 
 
 @pytest.mark.parametrize("stage,parts", [("align", {"projector"}), ("finetune", {"projector", "llm"}),
-                                         ("full-finetune", {"vision", "projector", "llm"})])
+                                         ("full-finetune", {"vision", "projector", "llm"}),
+                                         ("vla", {"vision", "projector", "llm"})])
 @pytest.mark.parametrize("kind", VISION)
 def test_a_stage_changes_all_of_what_it_trains_and_nothing_else(kind, stage, parts):
     model = tiny_vlm(kind, stage=stage)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == parts
-    assert all(getattr(model, name).training == (name in parts) for name in PARTS)
+    for name in PARTS:                                      # the frozen in eval mode, down to the last module
+        assert {module.training for module in getattr(model, name).modules()} == {name in parts}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert gradients(model, batches([4])).keys() == trained
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     one_step(model, batches([4]), optimizer)
     for name, parameter in model.named_parameters():
@@ -162,26 +167,52 @@ def test_mean_of_means_would_be_caught():
         assert_same_gradients(gradients(model, batches((1, 7)), weigh=1 / 2), gradients(model, batches([8])))
 
 
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
+@pytest.mark.parametrize("stage", ["align", "finetune", "full-finetune"])
+@pytest.mark.parametrize("llm", ["llama", "gpt2"])
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(stage, llm):
+    model = tiny_vlm(stage=stage, llm=llm)
+    want = gradients(model, batches([8]))
+    model.use_gradient_checkpointing()
+    for sizes in ((8,), (1, 7), (2, 3, 3)):
+        assert_same_gradients(gradients(model, batches(sizes)), want)
+    calls, batch = [], batches([2])[0]
+    model.llm_layers()[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss, _ = model(batch["input_ids"], batch["labels"], batch["pixel_values"])
+    assert len(calls) == 1
+    loss.backward()
+    assert len(calls) == 2, "the layer was not run again in backward"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_language_model_drops_nothing(checkpointing):
+    """OPT's layers ask their own training mode whether to drop, not that of a dropout module in them."""
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+                                   num_attention_heads=2, word_embed_proj_dim=32, max_position_embeddings=99,
+                                   dropout=0.5))
     for stage in ("align", "finetune"):
-        model = tiny_vlm(stage=stage)
-        want = gradients(model, batches((3, 5)))
-        model.use_gradient_checkpointing()
-        calls = []
-        model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        assert_same_gradients(gradients(model, batches((3, 5))), want)
-        loss = model(**{k: v for k, v in batches([2])[0].items() if k in ("input_ids", "labels", "pixel_values")})[0]
-        calls.clear()
-        loss.backward()
-        assert len(calls) == 1, f"{stage}: the layer was not run again in backward"
+        model = VLM(tiny_vlm().vision, make_projector("gelu-mlp", 32, 32), opt)
+        model.set_trained(TRAINS[stage].split(","))
+        if checkpointing:
+            model.use_gradient_checkpointing()
+        one, two = (loss_of(model, batches([2])[0]).item() for _ in range(2))
+        assert (one == two) == (stage == "align")
+
+
+def loss_of(model, batch):
+    return model(batch["input_ids"], batch["labels"], batch["pixel_values"])[0]
 
 
 def test_padding_changes_nothing():
     model = tiny_vlm().eval()
-    alone = [collate([example(i)]) for i in range(4)]
-    total = sum(model(b["input_ids"], b["labels"], b["pixel_values"])[0] for b in alone)
+    total = sum(loss_of(model, collate([example(i)])) for i in range(4))
     batch = collate([example(i) for i in range(4)])
-    assert_close(model(batch["input_ids"], batch["labels"], batch["pixel_values"])[0], total, rtol=1e-5, atol=1e-5)
+    assert_close(loss_of(model, batch), total, rtol=1e-5, atol=1e-5)        # sums in another order
+    for row, mask in enumerate(batch["attention_mask"]):    # to the left
+        for name in ("input_ids", "labels"):
+            batch[name][row] = batch[name][row].roll(int((~mask).sum()))
+    with pytest.raises(AssertionError):                     # there it would be seen, as there is no mask
+        assert_close(loss_of(model, batch), total, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
@@ -210,6 +241,13 @@ def test_the_forward_is_that_of_transformers_llava(pictures):
         loss, _ = ours(batch["input_ids"], batch["labels"], batch["pixel_values"])
     count = (batch["labels"][:, 1:] != IGNORE).sum()
     assert_close(loss / count, want.loss, rtol=1e-5, atol=1e-5)
+    wrong, vision = copy.deepcopy(ours), ours.vision.models[0]          # features of the last block would be caught
+    wrong.vision.forward = lambda pixels: vision(pixels[0], output_hidden_states=True).hidden_states[-1]
+    with pytest.raises(AssertionError):
+        assert_close(loss_of(wrong, batch) / count, want.loss, rtol=1e-5, atol=1e-5)
+    same_place = cross_entropy(want.logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE)
+    with pytest.raises(AssertionError):                     # position t predicting token t would be caught
+        assert_close(same_place, want.loss, rtol=1e-5, atol=1e-5)
     full = cross_entropy(want.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
     assert_close(loss / count, full, rtol=1e-5, atol=1e-5)
 
@@ -236,6 +274,11 @@ def test_a_text_only_step_leaves_the_projector_and_its_adam_state_alone():
     before = projector()
     one_step(model, batches([4], pictures=0), optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, projector(), strict=True))
+    # The usual trick, a black picture of weight zero, gives a gradient of zero. Momentum and decay then move all.
+    for p in model.projector.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, projector(), strict=True))
 
 
 @pytest.mark.parametrize("llm", ["llama", "gpt2"])
@@ -247,6 +290,16 @@ def test_batched_generation_equals_one_by_one(llm):
     together = assistant.answer_ids(examples, max_new_tokens=20)
     assert together == [assistant.answer_ids([one], max_new_tokens=20)[0] for one in examples]
     assert len({tuple(answer) for answer in together}) > 1
+
+
+def test_generation_that_sees_its_padding_would_be_caught():
+    model, examples = tiny_vlm().eval(), [example(0), example(7)]
+    assistant = object.__new__(Assistant)
+    assistant.device, assistant.model = torch.device("cpu"), model
+    assistant.language = type("Language", (), {"stop": 2})()
+    want, generate = assistant.answer_ids(examples, max_new_tokens=20), model.llm.generate
+    model.llm.generate = lambda attention_mask, **how: generate(attention_mask=attention_mask | 1, **how)
+    assert assistant.answer_ids(examples, max_new_tokens=20)[0] != want[0]      # the shorter one has padding
 
 
 def test_the_answer_depends_on_the_picture():

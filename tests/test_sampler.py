@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+import bench_sampler
 from sampler import SplitModalitySampler
 
 # (examples with pictures, examples of text only, global batch)
@@ -183,6 +184,24 @@ def test_like_lengths_sit_together():
     assert padding(at_random, lengths) > 0.5
     assert ours[0] > ours[1] > ours[2] > ours[3]                # the wider the window, the closer the lengths
     assert ours[3] < 0.07                                       # tests/bench_sampler.py has real sizes
+
+
+@pytest.mark.parametrize("patches", [256, 576])
+def test_little_is_padded_and_ranks_hardly_wait_on_a_mix_like_llavas(patches):
+    """665,000 examples, 8 ranks x 16: what the README says, and that random order is far from it."""
+    text, has_image = bench_sampler.draw(665_000, patches, tail=0.8)
+    lengths = text + patches * has_image
+    assert text[has_image].mean() == pytest.approx(140, abs=1)
+    assert text[~has_image].mean() == pytest.approx(880, abs=1)
+
+    def waste(kind):
+        ranks = [bench_sampler.make(kind, lengths, has_image, 8, rank) for rank in range(8)]
+        return bench_sampler.fractions(lengths, ranks)[:2]
+
+    padded, lost = waste(SplitModalitySampler)
+    assert padded <= 0.01 and lost <= 0.05
+    padded, lost = waste(bench_sampler.RandomOrder)
+    assert padded > 0.3 and lost > 0.3
 
 
 def test_ranks_have_like_work():

@@ -1,19 +1,29 @@
 """train.py as a user runs it: real torchrun, real files, the embedded toy world made small."""
+import errno
+import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import checkpoint
 import config
 import generate
 import toy
+import train
+from data import IGNORE, BadExample
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,8 +58,29 @@ def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     run = Path(root) / "r"
+    return metrics_of(run), run, done.stdout + done.stderr
+
+
+def train_here(monkeypatch, world, root, *flags, stage="finetune"):
+    """The same in this process, seconds faster. Without DDP, which does nothing for one rank but start threads."""
+    def alone(model, **_):
+        model.no_sync = nullcontext
+        return model
+
+    command = train_command(world, root, *flags, stage=stage)
+    monkeypatch.setattr(train, "DistributedDataParallel", alone)
+    monkeypatch.chdir(ROOT)                                 # toy/ is there
+    try:
+        train.main(config.parse(config.Config, command[command.index(str(ROOT / "train.py")) + 1:]))
+    finally:
+        if dist.is_initialized():                           # a run that raised has left it on
+            dist.destroy_process_group()
+    return metrics_of(Path(root) / "r"), Path(root) / "r"
+
+
+def metrics_of(run):
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    return [json.loads(line) for line in lines], run, done.stdout + done.stderr
+    return [json.loads(line) for line in lines]
 
 
 def weights(run):
@@ -66,10 +97,13 @@ def assert_same_up_to_rounding(got, want):
             assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+SHORT = ("--max_steps", "20", "--save_every", "10", "--keep", "5")
+
+
 @pytest.fixture(scope="session")
 def one_rank(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("one")
-    return run_train(world, root, "--max_steps", "20", "--save_every", "10", "--keep", "5")
+    return run_train(world, root, *SHORT)
 
 
 def test_a_run_writes_one_line_per_step_and_mixes_modalities(one_rank):
@@ -83,14 +117,57 @@ def test_a_run_writes_one_line_per_step_and_mixes_modalities(one_rank):
     assert f"next     python generate.py --ckpt {run}" in printed
 
 
-@pytest.mark.parametrize("ranks,per_device", [(2, 2), (4, 2)])
-def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank, tmp_path, ranks, per_device):
-    metrics, run, _ = run_train(world, tmp_path, "--max_steps", "20", "--per_device_batch_size", str(per_device),
+def assert_same_curve(got, want):
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)      # fp32 sums in another order
+        for name in ("tokens", "modality", "lr"):
+            assert ours[name] == theirs[name]
+
+
+SAVE_ALL = ["--save_every", "1", "--keep", "20"]
+
+
+@pytest.mark.parametrize("ranks,size,more", [(2, "1", ["--gradient_checkpointing", *SAVE_ALL]), (4, "2", [])])
+def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank, tmp_path, ranks, size, more):
+    """one_rank is 1 rank x 2 micro-batches; here are 2 x 4, with recomputed activations, and 4 x 1."""
+    metrics, run, _ = run_train(world, tmp_path, "--max_steps", "20", "--per_device_batch_size", size, *more,
                                 ranks=ranks)
-    for got, want in zip(metrics, one_rank[0], strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)     # fp32 sums in another order
-        assert (got["tokens"], got["modality"], got["lr"]) == (want["tokens"], want["modality"], want["lr"])
+    assert_same_curve(metrics, one_rank[0])
     assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
+    if more:
+        assert_text_only_steps_leave_the_projector_alone(run, metrics)
+
+
+def assert_text_only_steps_leave_the_projector_alone(run, metrics):
+    """Its weights and its Adam state, bit for bit, from each step to the next."""
+    before, kinds = None, set()
+    for folder, line in zip(checkpoint.step_folders(run), metrics, strict=True):
+        tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+        now = {name: tensor for name, tensor in tensors.items() if "projector." in name}
+        assert len(now) == 16                               # 4 parameters, each with 2 moments and a step count
+        if before:
+            kinds.add(line["modality"])
+            assert all(torch.equal(now[name], before[name]) for name in now) == (line["modality"] == "text")
+        before = now
+    assert kinds == {"text", "image"}
+
+
+def test_the_curve_of_a_mean_of_means_would_be_caught(world, one_rank, tmp_path, monkeypatch):
+    def mean_of_means(model, micro_batches, tokens, *others):
+        def forward(input_ids, labels, pixel_values):
+            loss, predicted = model(input_ids, labels, pixel_values)
+            own = (labels[:, 1:] != IGNORE).sum()
+            return loss / own * tokens / len(micro_batches), predicted      # `exact` divides by tokens
+        forward.no_sync, forward.parameters = model.no_sync, model.parameters
+        return exact(forward, micro_batches, tokens, *others)
+
+    exact = train.train_step
+    monkeypatch.setattr(train, "train_step", mean_of_means)
+    metrics, run = train_here(monkeypatch, world, tmp_path, "--max_steps", "20")
+    with pytest.raises(AssertionError):
+        assert_same_curve(metrics, one_rank[0])
+    with pytest.raises(AssertionError):
+        assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
 
 
 def test_text_only_training_works_on_two_ranks_and_leaves_the_projector_alone(world, tmp_path):
@@ -101,35 +178,142 @@ def test_text_only_training_works_on_two_ranks_and_leaves_the_projector_alone(wo
     first, last = (load_file(run / f"step-0000000{i}" / "model.safetensors") for i in (1, 3))
     for name in first:
         assert torch.equal(first[name], last[name]) == name.startswith("projector"), name
+    assert not any("projector" in name for name in load_file(run / "step-00000003" / "optimizer.safetensors"))
 
 
-def test_a_lost_run_continues_bit_for_bit(world, one_rank, tmp_path):
-    """As if killed after step 10 was saved and five more steps were logged."""
-    metrics, run, _ = one_rank
-    shutil.copytree(run, tmp_path / "r")
-    shutil.rmtree(tmp_path / "r" / "step-00000020")
+def lost_after_15_steps(run, root):
+    """A copy of the run as if it had been killed while it logged step 16: checkpoint 10 is the last."""
+    shutil.copytree(run, root / "r")
+    shutil.rmtree(root / "r" / "step-00000020")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "r" / "metrics.jsonl").write_text("".join(lines[:15]) + lines[15][:20])
-    again, continued, _ = run_train(world, tmp_path, "--max_steps", "20", "--save_every", "10", "--keep", "5")
-    assert [(m["step"], m["loss"], m["grad_norm"]) for m in again] == [(m["step"], m["loss"], m["grad_norm"]) for m in metrics]
-    want, got = weights(run), weights(continued)
-    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+    (root / "r" / "metrics.jsonl").write_text("".join(lines[:15]) + lines[15][:20])
+    return root / "r" / "step-00000010"
 
 
-def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp_path):
+def exactly(metrics):
+    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in metrics]
+
+
+def assert_bit_for_bit(got, want):
+    assert exactly(got[0]) == exactly(want[0])
+    ours, theirs = weights(got[1]), weights(want[1])
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_lost_run_continues_bit_for_bit(world, one_rank, tmp_path, monkeypatch):
+    lost_after_15_steps(one_rank[1], tmp_path)
+    assert_bit_for_bit(train_here(monkeypatch, world, tmp_path, *SHORT), one_rank)
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_a_damaged_checkpoint_is_named_and_not_used(name, world, one_rank, tmp_path, monkeypatch, capsys):
     shutil.copytree(one_rank[1], tmp_path / "r")
-    flags = ["--max_steps", "20", "--save_every", "10", "--keep", "5"]
-    _, _, printed = run_train(world, tmp_path, *flags)
-    assert "this run is finished" in printed
-    _, _, printed = run_train(world, tmp_path, *flags, "--learning_rate", "0.5", ok=False)
-    assert "--learning_rate was 0.0005, is 0.5" in printed
+    file = tmp_path / "r" / "step-00000020" / name
+    file.write_bytes(file.read_bytes()[:-10])
+    assert_bit_for_bit(train_here(monkeypatch, world, tmp_path, *SHORT), one_rank)
+    assert f"{file.parent} is damaged and left aside ({name}: " in capsys.readouterr().err
 
 
-def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(world, tmp_path):
+def test_a_bad_example_found_late_saves_first_and_can_be_mended(world, one_rank, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    shutil.copytree(world / "images", images)
+
+    def break_them_after_step_3(loss, norm, step, micro_batches):
+        for file in images.glob("*.png") if step == 3 else ():
+            file.write_bytes(b"no picture")
+
+    flags = (*SHORT, "--image_dir", str(images))
+    with monkeypatch.context() as patch, pytest.raises(BadExample, match=r"finetune.json\[.*can't be read"):
+        patch.setattr(train, "stop_unless_finite", break_them_after_step_3)
+        train_here(monkeypatch, world, tmp_path, *flags)
+    newest, _ = checkpoint.newest(tmp_path / "r")
+    assert checkpoint.read_state(newest)["step"] == len(metrics_of(tmp_path / "r")) >= 3
+    shutil.copytree(world / "images", images, dirs_exist_ok=True)
+    assert_bit_for_bit(train_here(monkeypatch, world, tmp_path, *flags), one_rank)
+
+
+def test_a_disk_that_is_full_between_two_checkpoints_is_explained(world, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(train, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(OSError) as e:
+        train_here(monkeypatch, world, tmp_path, "--max_steps", "1")
+    said = "the disk refuses to write ([Errno 28] No space left on device: 'metrics.jsonl')"
+    assert train.explain(e.value)[0].startswith(said)
+
+
+def test_a_run_that_continues_without_its_optimizer_would_be_caught(world, one_rank, tmp_path, monkeypatch):
+    """As Prismatic and LLaVA do: the weights alone."""
+    file = lost_after_15_steps(one_rank[1], tmp_path) / "optimizer.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name.startswith("random.")}, file)
+    again, _ = train_here(monkeypatch, world, tmp_path, *SHORT)
+    assert exactly(again)[:11] == exactly(one_rank[0])[:11]     # the loss of step 11 is before its update
+    with pytest.raises(AssertionError):
+        assert_same_curve(again, one_rank[0])
+
+
+def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp_path, monkeypatch, capsys):
+    shutil.copytree(one_rank[1], tmp_path / "r")
+    train_here(monkeypatch, world, tmp_path, *SHORT)
+    assert "this run is finished, all 20 steps are done" in capsys.readouterr().out
+    with pytest.raises(config.UserError) as e:
+        train_here(monkeypatch, world, tmp_path, *SHORT, "--learning_rate", "0.5", "--max_length", "99")
+    said = "holds a run with other flags: --max_length was 512, is 99; --learning_rate was 0.0005, is 0.5. "
+    assert said in str(e.value)
+
+
+def test_starting_from_a_run_and_continuing_it_can_not_be_confused(world, one_rank, tmp_path, monkeypatch):
+    shutil.copytree(one_rank[1], tmp_path / "r")
+    for ckpt in (tmp_path / "r", tmp_path / "r" / "step-00000010"):     # weights of itself
+        said = f"--ckpt {ckpt} is the folder of this run. To continue it, leave --ckpt"
+        with pytest.raises(config.UserError, match=said):
+            train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(ckpt))
+        with pytest.raises(config.UserError, match="is the folder of this run"):
+            train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(ckpt), "--overwrite")
+    with pytest.raises(config.UserError, match="--ckpt was '', is .*one.*; --no_align was True, is False"):
+        train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(one_rank[1]))    # of another run
+    assert len(list((tmp_path / "r").glob("step-*"))) == 2 and len(metrics_of(tmp_path / "r")) == 20
+    # A new run takes the weights only: its first step is step 1, its optimizer is fresh.
+    metrics, run = train_here(monkeypatch, world, tmp_path / "new", "--ckpt", str(one_rank[1]), "--max_steps", "1",
+                              "--learning_rate", "0")
+    assert [line["step"] for line in metrics] == [1]
+    assert load_file(run / "step-00000001" / "optimizer.safetensors")["step.projector.0.bias"] == 1
+    assert all(torch.equal(tensor, weights(one_rank[1])[name]) for name, tensor in weights(run).items())
+
+
+def test_overwrite_that_is_killed_half_way_leaves_no_old_step_in_the_new_run(tmp_path, monkeypatch):
+    def killed(folder, **_):
+        if Path(folder).exists():
+            (Path(folder) / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    cfg = config.Config(train_json="a.json", image_dir="b", run_root=str(tmp_path), run_id="r", overwrite=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        train.prepare(cfg, tmp_path / "r", 0, restarted=False)
+        (tmp_path / "r" / "step-00000004").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "shutil", SimpleNamespace(rmtree=killed))
+            with pytest.raises(KeyboardInterrupt):
+                train.prepare(cfg, tmp_path / "r", 0, restarted=False)
+        for _ in range(2):
+            train.prepare(cfg, tmp_path / "r", 0, restarted=False)
+            assert [path.name for path in (tmp_path / "r").iterdir()] == ["config.json"]
+        (tmp_path / "r" / "step-00000004").mkdir()
+        train.prepare(cfg, tmp_path / "r", 0, restarted=True)           # by torchrun, which began it itself
+        assert (tmp_path / "r" / "step-00000004").exists()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(world, tmp_path, monkeypatch):
     _, run, printed = run_train(world, tmp_path / "a", "--max_steps", "4", stage="align")
     assert {name.split(".")[0] for name in weights(run)} == {"projector"}
     assert f"next     torchrun train.py --stage finetune --ckpt {run}" in printed
-    _, tuned, _ = run_train(world, tmp_path / "f", "--ckpt", str(run), "--max_steps", "2", "--learning_rate", "0")
+    _, tuned = train_here(monkeypatch, world, tmp_path / "f", "--ckpt", str(run), "--max_steps", "2",
+                          "--learning_rate", "0")
     assert {name.split(".")[0] for name in weights(tuned)} == {"projector", "llm"}
     for name, tensor in weights(run).items():
         assert torch.equal(weights(tuned)[name], tensor), name
@@ -140,10 +324,56 @@ def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     picture = next(row for row in rows if "image" in row)
     picture["image"] = "nowhere.png" if isinstance(picture["image"], str) else ["nowhere.png"] * 2
     (world / "broken.json").write_text(json.dumps(rows))
-    _, _, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"), "--max_steps", "20", ranks=2,
-                              ok=False)
+    began = time.time()
+    metrics, run, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"), "--max_steps", "20",
+                                      ranks=2, ok=False)
+    assert time.time() - began < 60                         # its start included
+    newest, _ = checkpoint.newest(run)
+    assert (checkpoint.read_state(newest)["step"] if newest else 0) == len(metrics)
     assert f"id='{picture['id']}': picture {world / 'images' / 'nowhere.png'} does not exist" in printed
     assert "Original Traceback" not in printed
+    shown = [line for line in printed.splitlines() if line.strip("= ")]
+    assert "traceback : error (rank " in shown[-1] and f"id='{picture['id']}'" in shown[-1], printed
+
+
+@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf)])
+def test_a_loss_or_a_norm_that_is_not_finite_names_the_step_and_the_examples(loss, norm):
+    batches = [{"ids": ["a", "b"]}, {"ids": ["c"]}]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        said = (f"^step 7: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are intact. "
+                "rank 0 had the examples a, b, c. Look at them")
+        with pytest.raises(config.UserError, match=said):
+            train.stop_unless_finite(loss, norm, 7, batches)
+        train.stop_unless_finite(1.0, 1.0, 7, batches)
+    finally:
+        dist.destroy_process_group()
+
+
+READER_DIED = "a process that reads data was killed from outside, most often because memory ran out "
+ENDS = {        # error: how its explanation begins, whether it is an echo
+    "DataLoader worker (pid(s) 7) exited": (RuntimeError, READER_DIED + "(DataLoader worker (pid(s) 7)", False),
+    "": (EOFError, READER_DIED + "(EOFError()). Lower --num_workers", False),
+    "Connection reset by peer": (ConnectionResetError, READER_DIED + "(Connection reset by peer). Lower", False),
+    "gloo: Connection closed by peer": (RuntimeError, "RuntimeError: gloo: Connection closed by peer", True),
+    "another rank met a bad example": (train.OtherRank, "another rank met a bad example", True),
+    "one sentence": (config.UserError, "one sentence", False),
+    "a bug": (RuntimeError, "RuntimeError: a bug", False)}
+
+
+@pytest.mark.parametrize("said", ENDS)
+def test_an_error_is_explained(said):
+    kind, begins, echo = ENDS[said]
+    error = kind(said) if said else kind()
+    text, is_echo = train.explain(error)
+    assert text.startswith(begins) and is_echo == echo
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_is_explained(number):
+    text, echo = train.explain(OSError(number, os.strerror(number), "r/metrics.jsonl"))
+    assert text.startswith(f"the disk refuses to write ([Errno {number}] ") and not echo
+    assert "r/metrics.jsonl" in text
 
 
 def test_python_train_py_is_a_world_of_one(world, tmp_path):
