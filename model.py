@@ -6,6 +6,7 @@ V vocabulary, S supervised positions.
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging
 
@@ -15,6 +16,7 @@ from data import IGNORE, IMAGE
 logging.disable_progress_bar()                              # one bar per backbone and rank would bury what matters
 
 PARTS = ("vision", "projector", "llm")
+PIECE = 4096                                                # supervised positions whose logits exist at one time
 
 # model_type -> (class, positions in front of the patches: CLS and registers). Their features are no patches.
 VISION_MODELS = {
@@ -27,6 +29,10 @@ VISION_MODELS = {
 }
 
 
+def blocks(transformer):
+    return next(module for module in transformer.modules() if isinstance(module, nn.ModuleList))
+
+
 class VisionBackbone(nn.Module):
     """One or several vision transformers, their patch features side by side on the channel axis.
 
@@ -37,6 +43,8 @@ class VisionBackbone(nn.Module):
     def __init__(self, models):
         super().__init__()
         self.models = nn.ModuleList(models)
+        for model in models:                                # the features are what goes into the last block: skip its work
+            blocks(model)[-1].forward = lambda states, *_, **__: states
         self.skip = [VISION_MODELS[model.config.model_type][1](model.config) for model in models]
         self.width = sum(model.config.hidden_size for model in models)                      # D_v
 
@@ -73,8 +81,8 @@ class VLM(nn.Module):
         self.requires_grad_(False)
         for name in names:
             if name == "llm.last":                          # what OpenVLA calls the last layer
-                layers = next(m for m in self.llm.base_model.modules() if isinstance(m, nn.ModuleList))
-                for module in (layers[-1], self.llm.get_input_embeddings(), self.llm.get_output_embeddings()):
+                for module in (blocks(self.llm.base_model)[-1], self.llm.get_input_embeddings(),
+                               self.llm.get_output_embeddings()):
                     module.requires_grad_(True)
             else:
                 getattr(self, name).requires_grad_(True)
@@ -125,9 +133,18 @@ class VLM(nn.Module):
         x = self.embed(input_ids, pixel_values)                                             # (B, T, D)
         states = self.llm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state    # (B, T, D)
         learned = labels[:, 1:] != IGNORE                                                   # (B, T - 1)
-        # Position t predicts token t + 1. Logits of all T positions would be the largest tensor of the whole step.
-        logits = self.llm.get_output_embeddings()(states[:, :-1][learned])                  # (S, V)
-        return F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="sum"), logits.argmax(-1)
+        states, targets = states[:, :-1][learned], labels[:, 1:][learned]                   # (S, D), (S,)
+        if len(targets) <= PIECE:
+            return self.score(states, targets)
+        # Logits of all S would be the largest tensors of the whole step. In pieces, and made again in backward.
+        pieces = [checkpoint(self.score, *piece, use_reentrant=False)
+                  for piece in zip(states.split(PIECE), targets.split(PIECE))]
+        return sum(loss for loss, _ in pieces), torch.cat([likeliest for _, likeliest in pieces])
+
+    def score(self, states, targets):                       # (S, D), (S,)
+        """Position t predicts token t + 1: the caller has moved `targets` by one."""
+        logits = self.llm.get_output_embeddings()(states)                                   # (S, V)
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), logits.argmax(-1)
 
 
 def used_parameters(vision):

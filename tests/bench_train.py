@@ -40,7 +40,7 @@ STEPS, PICTURES = 16, 64
 #         LLM (width, layers, heads, key heads, MLP, vocabulary). The small ones keep the large ones' proportions:
 #         a vision model as large as the LLM's layers, and a vocabulary of a quarter of the LLM.
 SIZES = {"8M": (4, 16, 8, (256, 6, 4, 1024, 112), (256, 8, 4, 4, 704, 8192)),
-         "34M": (4, 16, 8, (512, 6, 8, 2048, 112), (512, 8, 8, 8, 1408, 16384)),
+         "34M": (4, 8, 4, (512, 6, 8, 2048, 112), (512, 8, 8, 8, 1408, 16384)),
          "0.5B": (1, 128, 16, (1152, 27, 16, 4304, 224), (896, 24, 14, 2, 4864, 151936)),        # SigLIP so400m, Qwen2.5
          "1.5B": (1, 128, 16, (1152, 27, 16, 4304, 224), (1536, 28, 12, 2, 8960, 151936))}
 COLUMNS = ("ours", "trainer", "grouped")
@@ -204,12 +204,12 @@ def modality_grouped(lengths, batch, rng):
 def their_model(args):
     """LlavaForConditionalGeneration with the weights that ours would load."""
     import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionModel
 
     from model import load_vlm
     frozen = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     ours = load_vlm(our_config(args), our_config(args).trained, frozen)
-    vision, llm = ours.vision.models[0], ours.llm
+    vision, llm = SiglipVisionModel.from_pretrained(f"{args.folder}/vision", dtype=frozen), ours.llm
     config = LlavaConfig(vision_config=vision.config, text_config=llm.config, image_token_index=2, vision_feature_layer=-2,
                          vision_feature_select_strategy="full", tie_word_embeddings=True)
     with torch.device("meta"):
