@@ -69,6 +69,7 @@ class Config:
     keep_dimensions: str = knob("", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
     augment: bool = knob(False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
     gradient_checkpointing: bool = knob(False, "recompute the LLM's activations in backward: less memory, 30 % slower")
+    compile: bool = knob(False, "torch.compile the LLM's blocks; the first step then takes a minute, and needs a C compiler")
     profile: int = knob(0, "time the parts of so many steps: trace.json in the run folder, and a table", "steps")
     precision: Literal["auto", "bf16", "fp32"] = knob("auto", "autocast; auto = bf16 on a GPU, fp32 on a CPU")
 

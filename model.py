@@ -110,6 +110,11 @@ class VLM(nn.Module):
         self.llm.activation_checkpointing_enable({"use_reentrant": False})
         self.train()
 
+    def use_compile(self):
+        """One graph for the LLM's block, whatever the length of a batch: blocks are alike, so the first one's serves all."""
+        for block in blocks(self.llm.base_model):
+            block.compile(dynamic=True)
+
     def embed(self, input_ids, pixel_values):               # (B, T), one (N, C, H, W) per vision model
         """Token embeddings with the projected patches in their places -> (B, T, D)."""
         x = self.llm.get_input_embeddings()(input_ids.clamp_min(0))                         # (B, T, D)

@@ -57,12 +57,13 @@ def main(cfg):
     language = load_language(cfg.llm_backbone, cfg.prompt)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
     policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}) if cfg.stage == "vla" else None
-    files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length, caption_only=cfg.stage == "align",
-                           skip_bad=cfg.skip_bad_examples, policy=policy, augment=cfg.seed if cfg.augment else None)
-             for path in cfg.train_json.split(",")]
-    for data in files if policy else ():
-        policy.learn_units(data, [int(d) for d in cfg.kept_dimensions])
-    with rank_zero_first(rank):                             # it counts all tokens and keeps them; the others read that
+    with rank_zero_first(rank):         # it reads the files, counts all tokens and keeps the counts; the others find them
+        files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length,
+                               caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples, policy=policy,
+                               augment=cfg.seed if cfg.augment else None)
+                 for path in cfg.train_json.split(",")]
+        for data in files if policy else ():
+            policy.learn_units(data, [int(d) for d in cfg.kept_dimensions])
         counted = [data.lengths() for data in files]
     times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
     data = ConcatDataset([data for data, n in zip(files, times) for _ in range(n)])
@@ -89,6 +90,8 @@ def main(cfg):
     model.set_trained(cfg.trained)
     if cfg.gradient_checkpointing:
         model.use_gradient_checkpointing()
+    if cfg.compile:
+        model.use_compile()
     model.to(device)
     optimizer = make_optimizer(model, cfg)
     step = resume(cfg, run, model, optimizer)
