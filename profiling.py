@@ -1,8 +1,8 @@
 """Where the time of a step goes (--profile N): a trace to look into, and a table of its parts.
 
-The loop names its parts, `with part("backward"): ...`; those of the model are found by hooks on its modules. Without
---profile no clock is read. With it, a GPU is waited for at both ends of each part: the times are true, and the whole is
-a little slower than without.
+The loop names its parts, `with part("backward"): ...`; those of the model are found by hooks on its modules.
+Without --profile no clock is read. With it, a GPU is waited for at both ends of each part: the times are
+true, and the whole is a little slower than without.
 """
 import time
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class StepProfile:
         parts = {"forward": model, "vision": model.vision, "projector": model.projector,
                  "LLM forward": model.llm.base_model}
         for name, module in parts.items() if steps else ():
-            opened = []                                     # a part is opened by one hook and closed by the other
+            opened = []                                     # one hook opens the part, the other closes it
             module.register_forward_pre_hook(partial(open_part, name, opened))
             module.register_forward_hook(partial(close_part, opened))
 
@@ -67,7 +67,8 @@ class StepProfile:
             print(f"{of_it / whole:7.1%}  {name}")
         sent = sum(event.device_time_total or event.cpu_time_total for event in self.trace.key_averages()
                    if event.key in ("nccl:all_reduce", "gloo:all_reduce")) / 1e6
-        print(f"{sent / whole:7.1%}  all-reduce, while the others run\ntrace    {self.file}, for ui.perfetto.dev", flush=True)
+        print(f"{sent / whole:7.1%}  all-reduce, while the others run")
+        print(f"trace    {self.file}, for ui.perfetto.dev", flush=True)
 
 
 def open_part(name, opened, *_):

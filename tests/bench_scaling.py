@@ -1,12 +1,12 @@
-"""Weak scaling: each process gets the same work, so twice the processes should do twice the work in the same time.
+"""Weak scaling: each process gets the same work, so two processes should do twice the work in the same time.
 
     python tests/bench_scaling.py                   # 1, 2 and 4 processes of one thread each
     python tests/bench_scaling.py --ranks 1,2,4,8 --size 0.5B       # one GPU each
 
-Runs train.py under torchrun on the world of bench_train.py, with 8 examples for each process and step. Tokens are those
-that are not padding, over all processes. `all-reduce` is rank zero's, of the step's time, from --profile; it runs while
-backward goes on, and holds the waiting for a slower rank. Where there are more processes than cores, the most that can
-be reached is the number of cores.
+Runs train.py under torchrun on the world of bench_train.py, with one micro-batch for each process and step.
+Tokens are those that are not padding, over all processes. `all-reduce` is rank zero's share of the step's time,
+from --profile; it runs while backward goes on, and holds the waiting for a slower rank. Where there are more
+processes than cores, the most that can be reached is the number of cores.
 """
 import argparse
 import json
@@ -28,8 +28,9 @@ def tokens_per_second(folder, ranks, micro):
     """-> over all processes; and rank zero's all-reduce, as it is printed."""
     root = folder / f"runs-{ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "train.py", "--stage", "finetune", "--no_align",
-               "--vision_backbone", str(folder / "vision"), "--llm_backbone", str(folder / "llm"), "--prompt", "plain",
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "train.py",
+               "--stage", "finetune", "--no_align", "--prompt", "plain",
+               "--vision_backbone", str(folder / "vision"), "--llm_backbone", str(folder / "llm"),
                "--train_json", str(folder / "finetune.json"), "--image_dir", str(folder / "images"),
                "--run_root", str(root), "--run_id", "r", "--max_steps", str(STEPS), "--num_workers", "1",
                "--global_batch_size", str(micro * ranks), "--per_device_batch_size", str(micro),
@@ -44,7 +45,8 @@ def tokens_per_second(folder, ranks, micro):
 
 def main(args):
     cores, base = len(os.sched_getaffinity(0)), None
-    print(f"{cores} cores, load before {os.getloadavg()[0]:.1f}; size {args.size}\nprocesses  tokens/s  of one  all-reduce")
+    print(f"{cores} cores, load before: {os.getloadavg()[0]:.1f}; size {args.size}")
+    print("processes  tokens/s  of one  all-reduce")
     with tempfile.TemporaryDirectory() as folder:
         make_world(Path(folder), args.size)
         for ranks in map(int, args.ranks.split(",")):

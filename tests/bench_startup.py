@@ -1,13 +1,14 @@
 """From the command to the first step, on the toy and on a file as large as LLaVA's mix of 665,000 examples.
 
-    python tests/bench_startup.py                           # some minutes, about 1 GB of disk in the temporary folder
-    python tests/bench_startup.py --examples 10000          # a first look
+    python tests/bench_startup.py                   # some minutes, about 1 GB of temporary disk
+    python tests/bench_startup.py --examples 10000  # a first look
 
-The large file starts twice: `cold` counts all tokens and keeps the counts beside the file, `warm` finds them there. In
-both, the toy's backbones are loaded: what is measured is the start, not the reading of large weights. `first step` is
-when its line stands in metrics.jsonl, its own time subtracted from the clock's. Memory is that of each process when the line appears:
-`private` is what only it holds; pages that it shares with others (the mapped JSON, forked workers) are not counted.
-On a machine that others use too, the CPU time of the rank is the number to trust.
+The large file is used three times: `cold` counts all tokens and keeps the counts beside the file, `warm`
+finds them there. The toy's backbones are loaded: what is measured is the start, not the reading of weights.
+The time is from the command to the line of the first step in metrics.jsonl, less the step itself. CPU time is
+the rank's at that moment, the step included; on a machine that others use too it is the number to trust.
+`private` memory is what only this process holds, at that moment: pages shared with others (the mapped JSON,
+forked workers) are not counted.
 """
 import argparse
 import json
@@ -20,19 +21,21 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "a the red blue circle square cat dog street man woman holding near two three left right of on in is there".split()
+WORDS = "a the red blue circle square cat dog street man woman near two left right of on in is".split()
 
 
 def write_examples(file, examples, picture):
-    """94 % with a picture and about 140 tokens, 6 % without and about 880. JSON as LLaVA writes it: one large list."""
+    """94 % with a picture and about 140 tokens, 6 % without and up to 900. One large list, as LLaVA's."""
     rng = random.Random(0)
     def said(n):
         return " ".join(rng.choices(WORDS, k=n))
     with open(file, "w") as out:
         for i in range(examples):
             image, words = i % 50 >= 3, rng.expovariate(1 / 140) if i % 50 >= 3 else rng.expovariate(1 / 880)
-            turns = [{"from": ("human", "gpt")[turn % 2], "value": ("<image>\n" if image and not turn else "") + said(20)}
+            turns = [{"from": ("human", "gpt")[turn % 2], "value": said(20)}
                      for turn in range(2 + 2 * int(min(words, 900) / 40))]
+            if image:
+                turns[0]["value"] = "<image>\n" + turns[0]["value"]
             row = {"id": str(i), **({"image": picture} if image else {}), "conversations": turns}
             out.write(("[" if i == 0 else ",") + json.dumps(row))
         out.write("]")
@@ -46,7 +49,8 @@ def processes(pid):
 
 def private_gigabytes(pid):
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 2 ** 20
+    private = [line for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))]
+    return sum(int(line.split()[1]) for line in private) / 2 ** 20
 
 
 def cpu_seconds(pid):
@@ -57,10 +61,10 @@ def cpu_seconds(pid):
 def start(name, folder, ranks, *flags):
     """One start of train.py, ended after its first step."""
     run = folder / "runs" / "r"
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--rdzv_backend=c10d",
-              "--rdzv_endpoint=localhost:0"] if ranks > 1 else []
-    command = [sys.executable, *launch, "train.py", *flags, "--run_root", str(run.parent), "--run_id", "r", "--overwrite",
-               "--num_workers", "2", "--val_json", "", "--max_steps", "100"]
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
+              "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if ranks > 1 else []
+    command = [sys.executable, *launch, "train.py", *flags, "--run_root", str(run.parent), "--run_id", "r",
+               "--overwrite", "--num_workers", "2", "--val_json", "", "--max_steps", "100"]
     began, metrics = time.time(), run / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
     with open(folder / "log", "w") as log:
@@ -97,8 +101,9 @@ def main(args):
         name = f"{args.examples:,} examples, {file.stat().st_size / 1e9:.1f} GB"
         print(name)
         for which in ("cold", "warm", "warm"):
-            start(f"  {which}, {args.ranks} ranks", folder, args.ranks, "--stage", "finetune", "--no_align", "--max_length",
-                  "256", "--global_batch_size", "8", "--train_json", str(file), "--image_dir", str(images))
+            start(f"  {which}, {args.ranks} ranks", folder, args.ranks, "--stage", "finetune", "--no_align",
+                  "--max_length", "256", "--global_batch_size", "8", "--train_json", str(file),
+                  "--image_dir", str(images))
 
 
 if __name__ == "__main__":
