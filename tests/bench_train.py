@@ -42,7 +42,7 @@ STEPS, PICTURES = 16, 64
 #         LLM (width, layers, heads, key heads, MLP, vocabulary). The small ones keep the proportions:
 #         a vision model as large as the LLM's layers, and a vocabulary of a quarter of the LLM.
 SIZES = {"8M": (4, 16, 8, (256, 6, 4, 1024, 112), (256, 8, 4, 4, 704, 8192)),
-         "34M": (4, 8, 4, (512, 6, 8, 2048, 112), (512, 8, 8, 8, 1408, 16384)),
+         "34M": (4, 8, 8, (512, 6, 8, 2048, 112), (512, 8, 8, 8, 1408, 16384)),
          # SigLIP so400m, and Qwen2.5
          "0.5B": (1, 128, 16, (1152, 27, 16, 4304, 224), (896, 24, 14, 2, 4864, 151936)),
          "1.5B": (1, 128, 16, (1152, 27, 16, 4304, 224), (1536, 28, 12, 2, 8960, 151936))}
