@@ -7,8 +7,8 @@ The large file is used three times: `cold` counts all tokens and keeps the count
 finds them there. The toy's backbones are loaded: what is measured is the start, not the reading of weights.
 The time is from the command to the line of the first step in metrics.jsonl, less the step itself. CPU time is
 the rank's at that moment, the step included; on a machine that others use too it is the number to trust.
-`private` memory is what only this process holds, at that moment: pages shared with others (the mapped JSON,
-forked workers) are not counted.
+Memory is that of a rank and its two data workers together, at that moment, without what lies in mapped files
+(libraries, the JSON): those pages are there once for all ranks.
 """
 import argparse
 import json
@@ -47,10 +47,10 @@ def processes(pid):
     return [pid] + [each for child in below for each in processes(int(child))]
 
 
-def private_gigabytes(pid):
+def own_gigabytes(pid):
+    """Not backed by a file; a page that n processes share counts 1/n in each."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    private = [line for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))]
-    return sum(int(line.split()[1]) for line in private) / 2 ** 20
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem"))) / 2 ** 20
 
 
 def cpu_seconds(pid):
@@ -74,15 +74,14 @@ def start(name, folder, ranks, *flags):
             time.sleep(0.05)
         took = time.time() - began
         step = json.loads(metrics.read_text().splitlines()[0])
-        private = {pid: private_gigabytes(pid) for pid in processes(process.pid)
-                   if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()}
-        rank = max(private, key=private.get)
-        busy = cpu_seconds(rank)
+        own = {pid: own_gigabytes(pid) for pid in processes(process.pid)
+               if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()}
+        busy = cpu_seconds(max(own, key=own.get))
         process.kill()
         process.wait()
-    own = step["positions"] * (1 - step["padding"]) / step["tokens_per_second"] * (1 - step["data_wait"])
-    print(f"{name:<24}{took - own:8.1f} s, CPU time {busy:5.1f} s; private {private[rank]:.2f} GB in a rank, "
-          f"{min(private.values()):.2f} GB in a data worker", flush=True)
+    worked = step["positions"] * (1 - step["padding"]) / step["tokens_per_second"] * (1 - step["data_wait"])
+    print(f"{name:<24}{took - worked:8.1f} s, CPU time {busy:5.1f} s; {sum(own.values()) / ranks:.2f} GB a rank",
+          flush=True)
 
 
 def main(args):
