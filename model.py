@@ -16,7 +16,7 @@ from data import IGNORE, IMAGE
 logging.disable_progress_bar()                              # one bar per backbone and rank would bury what matters
 
 PARTS = ("vision", "projector", "llm")
-PIECE = 4096                                                # supervised positions whose logits exist at one time
+PIECE = 4096                                                # supervised positions with logits at one time
 
 # model_type -> (class, positions in front of the patches: CLS and registers). Their features are no patches.
 VISION_MODELS = {
@@ -43,7 +43,7 @@ class VisionBackbone(nn.Module):
     def __init__(self, models):
         super().__init__()
         self.models = nn.ModuleList(models)
-        for model in models:                                # the features are what goes into the last block: skip its work
+        for model in models:                                # the last block's input is the feature: skip its work
             blocks(model)[-1].forward = lambda states, *_, **__: states
         self.skip = [VISION_MODELS[model.config.model_type][1](model.config) for model in models]
         self.width = sum(model.config.hidden_size for model in models)                      # D_v
@@ -111,7 +111,7 @@ class VLM(nn.Module):
         self.train()
 
     def use_compile(self):
-        """One graph for the LLM's block, whatever the length of a batch: blocks are alike, so the first one's serves all."""
+        """One graph for all of the LLM's blocks, which are alike, and for all lengths of a batch."""
         for block in blocks(self.llm.base_model):
             block.compile(dynamic=True)
 
@@ -141,7 +141,7 @@ class VLM(nn.Module):
         states, targets = states[:, :-1][learned], labels[:, 1:][learned]                   # (S, D), (S,)
         if len(targets) <= PIECE:
             return self.score(states, targets)
-        # Logits of all S would be the largest tensors of the whole step. In pieces, and made again in backward.
+        # Logits of all S would be the largest tensors of the step. So in pieces, and made again in backward.
         pieces = [checkpoint(self.score, *piece, use_reentrant=False)
                   for piece in zip(states.split(PIECE), targets.split(PIECE))]
         return sum(loss for loss, _ in pieces), torch.cat([likeliest for _, likeliest in pieces])

@@ -45,18 +45,25 @@ class StepProfile:
             module.register_forward_hook(partial(close_part, opened))
 
     def step(self):
-        """Call it where a step begins, and behind the last one."""
+        """Call it where a step begins."""
         global seconds
         if self.steps and self.count == WARM:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            self.trace, seconds, self.began = profile(activities=activities), {}, now()
+            self.trace = profile(activities=activities)
             self.trace.start()
+            seconds, self.began = {}, now()
         if self.steps and self.count == WARM + self.steps:
             whole, parts, seconds = now() - self.began, seconds, None
             self.trace.stop()
             self.trace.export_chrome_trace(str(self.file))
             self.show(whole, parts)
         self.count += 1
+
+    def end(self):
+        """Behind the last step. A run that was too short shows what there was."""
+        if seconds is not None:
+            self.steps = self.count - WARM
+            self.step()
 
     def show(self, whole, parts):
         model = sum(parts.get(name, 0) for name in ("vision", "projector", "LLM forward"))

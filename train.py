@@ -44,7 +44,8 @@ from sampler import SplitModalitySampler
 
 # A run may continue with other values of these: they do not change what is computed, up to float rounding.
 FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite", "gradient_checkpointing",
-                  "run_root", "run_id", "prepare", "val_json", "keep_epochs", "skip_bad_examples", "profile", "compile")
+                  "run_root", "run_id", "prepare", "val_json", "keep_epochs", "skip_bad_examples", "profile",
+                  "compile")
 
 
 def main(cfg):
@@ -57,10 +58,10 @@ def main(cfg):
     language = load_language(cfg.llm_backbone, cfg.prompt)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
     policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}) if cfg.stage == "vla" else None
-    with rank_zero_first(rank):         # it reads the files, counts all tokens and keeps the counts; the others find them
+    with rank_zero_first(rank):         # it reads the files and counts all tokens; the others find the counts
         files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length,
-                               caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples, policy=policy,
-                               augment=cfg.seed if cfg.augment else None)
+                               caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples,
+                               policy=policy, augment=cfg.seed if cfg.augment else None)
                  for path in cfg.train_json.split(",")]
         for data in files if policy else ():
             policy.learn_units(data, [int(d) for d in cfg.kept_dimensions])
@@ -98,7 +99,7 @@ def main(cfg):
     # A text-only batch leaves the projector without a gradient; DDP raises at that unless told to look for it.
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                   find_unused_parameters=not has_image.all(),
-                                  gradient_as_bucket_view=True)         # what is sent is the gradient, not a copy of it
+                                  gradient_as_bucket_view=True)     # what is sent is the gradient, no copy
 
     if rank == 0 and step == total:
         print(f"{run}: this run is finished, all {total:,} steps are done")
@@ -109,7 +110,8 @@ def main(cfg):
     if policy and rank == 0:
         checkpoint.write_text(run / "dataset_statistics.json", json.dumps(policy.statistics, indent=2))
     about = {"parts": parts} | ({"actions": policy.saved()} if policy else {})      # what a checkpoint says of itself
-    stop, saved, watched = Stop(), step, StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
+    watched = StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
+    stop, saved = Stop(), step
     with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
         while step < total and not stop.agreed:
             epoch, start = divmod(step, sampler.batches_per_epoch)
@@ -157,7 +159,7 @@ def main(cfg):
                 if step % cfg.save_every == 0 or step == total or epoch_ends:
                     save(run, step, model, optimizer, about, cfg.keep, forever=epoch_ends)
                     saved = step
-    watched.step()
+    watched.end()
     bar.close()
     stop.restore()
     dist.destroy_process_group()
@@ -375,6 +377,7 @@ def checkpoint_parts(cfg):
     return [name for name in PARTS if name in before or name in {part.split('.')[0] for part in cfg.trained}]
 
 
+@part("checkpoint")
 def save(run, step, model, optimizer, about, keep, forever=False):
     """Rank zero writes, everyone waits."""
     state = random_state()
