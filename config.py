@@ -69,6 +69,8 @@ class Config:
     keep_dimensions: str = knob("", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
     augment: bool = knob(False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
     gradient_checkpointing: bool = knob(False, "recompute the LLM's activations in backward: less memory, 30 % slower")
+    compile: bool = knob(False, "torch.compile the LLM's blocks: the first step takes a minute; needs gcc")
+    profile: int = knob(0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
     precision: Literal["auto", "bf16", "fp32"] = knob("auto", "autocast; auto = bf16 on a GPU, fp32 on a CPU")
 
     def __post_init__(self):
@@ -92,7 +94,8 @@ class Config:
         for name in ("global_batch_size", "per_device_batch_size", "epochs", "save_every", "keep", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay", "warmup_ratio", "seed"):
+        for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay", "warmup_ratio",
+                     "seed", "profile"):
             if not getattr(self, name) >= 0:                # this way round, nan is refused too
                 raise UserError(f"--{name} is {getattr(self, name)}, but must not be negative")
         if not self.max_grad_norm > 0:

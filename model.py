@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging
 
@@ -18,6 +18,7 @@ from data import IGNORE, IMAGE
 logging.disable_progress_bar()                              # one bar per backbone and rank would bury what matters
 
 PARTS = ("vision", "projector", "llm")
+PIECE = 4096                                                # supervised positions with logits at one time
 
 # model_type -> (class, positions in front of the patches: CLS and registers). Their features are no patches.
 VISION_MODELS = {
@@ -30,6 +31,10 @@ VISION_MODELS = {
 }
 
 
+def blocks(transformer):
+    return next(module for module in transformer.modules() if isinstance(module, nn.ModuleList))
+
+
 class VisionBackbone(nn.Module):
     """One or several vision transformers, their patch features side by side on the channel axis.
 
@@ -40,6 +45,8 @@ class VisionBackbone(nn.Module):
     def __init__(self, models):
         super().__init__()
         self.models = nn.ModuleList(models)
+        for model in models:                                # the last block's input is the feature: skip its work
+            blocks(model)[-1].forward = lambda states, *_, **__: states
         self.skip = [VISION_MODELS[model.config.model_type][1](model.config) for model in models]
         self.width = sum(model.config.hidden_size for model in models)                      # D_v
 
@@ -76,9 +83,9 @@ class VLM(nn.Module):
         self.requires_grad_(False)
         for name in names:
             if name == "llm.last":                          # what OpenVLA calls the last layer
-                self.llm_layers()[-1].requires_grad_(True)
-                self.llm.get_input_embeddings().requires_grad_(True)
-                self.llm.get_output_embeddings().requires_grad_(True)
+                for module in (blocks(self.llm.base_model)[-1], self.llm.get_input_embeddings(),
+                               self.llm.get_output_embeddings()):
+                    module.requires_grad_(True)
             else:
                 getattr(self, name).requires_grad_(True)
         if "vision" in self.trained:
@@ -95,17 +102,19 @@ class VLM(nn.Module):
                 getattr(self, name).eval()
         return self
 
-    def llm_layers(self):
-        return next(module for module in self.llm.base_model.modules() if isinstance(module, nn.ModuleList))
-
     def use_gradient_checkpointing(self):
         """Recompute the LLM's activations in backward instead of keeping them.
 
         Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, to drop
         nothing, yet its activations are needed to reach the projector.
         """
-        for layer in self.llm_layers():
-            layer.forward = partial(torch_checkpoint, layer.forward, use_reentrant=False)
+        for block in blocks(self.llm.base_model):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def use_compile(self):
+        """One graph for all of the LLM's blocks, which are alike, and for all lengths of a batch."""
+        for block in blocks(self.llm.base_model):
+            block.compile(dynamic=True)
 
     def embed(self, input_ids, pixel_values):               # (B, T), one (N, C, H, W) per vision model
         """Token embeddings with the projected patches in their places -> (B, T, D)."""
@@ -130,9 +139,18 @@ class VLM(nn.Module):
         x = self.embed(input_ids, pixel_values)                                             # (B, T, D)
         states = self.llm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state    # (B, T, D)
         learned = labels[:, 1:] != IGNORE                                                   # (B, T - 1)
-        # Position t predicts token t + 1. Logits of all T positions would be the largest tensor of the whole step.
-        logits = self.llm.get_output_embeddings()(states[:, :-1][learned])                  # (S, V)
-        return F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="sum"), logits.argmax(-1)
+        states, targets = states[:, :-1][learned], labels[:, 1:][learned]                   # (S, D), (S,)
+        if len(targets) <= PIECE:
+            return self.score(states, targets)
+        # Logits of all S would be the largest tensors of the step. So in pieces, and made again in backward.
+        pieces = [checkpoint(self.score, *piece, use_reentrant=False)
+                  for piece in zip(states.split(PIECE), targets.split(PIECE))]
+        return sum(loss for loss, _ in pieces), torch.cat([likeliest for _, likeliest in pieces])
+
+    def score(self, states, targets):                       # (S, D), (S,)
+        """Position t predicts token t + 1: the caller has moved `targets` by one."""
+        logits = self.llm.get_output_embeddings()(states)                                   # (S, V)
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), logits.argmax(-1)
 
 
 def used_parameters(vision):

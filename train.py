@@ -40,11 +40,13 @@ import actions
 import checkpoint
 from data import IGNORE, BadExample, Conversations, collate, load_image_transforms, load_language, show
 from model import PARTS, load_vlm
+from profiling import StepProfile, part
 from sampler import SplitModalitySampler
 
 # A run may continue with other values of these: they do not change what is computed, up to float rounding.
 FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite", "gradient_checkpointing",
-                  "run_root", "run_id", "prepare", "val_json", "keep_epochs", "skip_bad_examples")
+                  "run_root", "run_id", "prepare", "val_json", "keep_epochs", "skip_bad_examples", "profile",
+                  "compile")
 
 
 def main(cfg):
@@ -57,12 +59,13 @@ def main(cfg):
     language = load_language(cfg.llm_backbone, cfg.prompt)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
     policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}) if cfg.stage == "vla" else None
-    files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length, caption_only=cfg.stage == "align",
-                           skip_bad=cfg.skip_bad_examples, policy=policy, augment=cfg.seed if cfg.augment else None)
-             for path in cfg.train_json.split(",")]
-    for data in files if policy else ():
-        policy.learn_units(data, [int(d) for d in cfg.kept_dimensions])
-    with rank_zero_first(rank):                             # it counts all tokens and keeps them; the others read that
+    with rank_zero_first(rank):         # it reads the files and counts all tokens; the others find the counts
+        files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length,
+                               caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples,
+                               policy=policy, augment=cfg.seed if cfg.augment else None)
+                 for path in cfg.train_json.split(",")]
+        for data in files if policy else ():
+            policy.learn_units(data, [int(d) for d in cfg.kept_dimensions])
         counted = [data.lengths() for data in files]
     times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
     data = ConcatDataset([data for data, n in zip(files, times) for _ in range(n)])
@@ -90,12 +93,15 @@ def main(cfg):
     model.set_trained(cfg.trained)
     if cfg.gradient_checkpointing:
         model.use_gradient_checkpointing()
+    if cfg.compile:
+        model.use_compile()
     model.to(device)
     optimizer = make_optimizer(model, cfg)
     step = resume(cfg, run, model, optimizer)
     # A text-only batch leaves the projector without a gradient; DDP raises at that unless told to look for it.
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                  find_unused_parameters=not has_image.all())
+                                  find_unused_parameters=not has_image.all(),
+                                  gradient_as_bucket_view=True)     # what is sent is the gradient, no copy
 
     if rank == 0 and step == total:
         print(f"{run}: this run is finished, all {total:,} steps are done")
@@ -106,6 +112,7 @@ def main(cfg):
     if policy and rank == 0:
         checkpoint.write_text(run / "dataset_statistics.json", json.dumps(policy.statistics, indent=2))
     about = {"parts": parts} | ({"actions": policy.saved()} if policy else {})      # what a checkpoint says of itself
+    watched = StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
     stop, saved = Stop(), step
     with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
         while step < total and not stop.agreed:
@@ -116,8 +123,10 @@ def main(cfg):
                 file.epoch.fill_(epoch)
             batches = iter(loader)
             for _ in range(min(sampler.batches_per_epoch - start, total - step)):
+                watched.step()
                 began = time.perf_counter()
-                micro_batches = [next(batches) for _ in range(sampler.accumulation)]
+                with part("data wait"):
+                    micro_batches = [next(batches) for _ in range(sampler.accumulation)]
                 waited = time.perf_counter() - began
                 counts = count_together(micro_batches, stop.asked, device)
                 stop.agreed = counts["stop"] > 0
@@ -132,8 +141,9 @@ def main(cfg):
                 loss, norm, scores = train_step(ddp, micro_batches, counts["tokens"], cfg.max_grad_norm, device, bf16,
                                                 policy.score if policy else right_tokens)
                 stop_unless_finite(loss, norm, step + 1, micro_batches)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                with part("optimizer"):
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 step += 1
                 if rank == 0:
                     seconds = time.perf_counter() - began
@@ -151,6 +161,7 @@ def main(cfg):
                 if step % cfg.save_every == 0 or step == total or epoch_ends:
                     save(run, step, model, optimizer, about, cfg.keep, forever=epoch_ends)
                     saved = step
+    watched.end()
     bar.close()
     stop.restore()
     dist.destroy_process_group()
@@ -182,7 +193,7 @@ def train_step(model, micro_batches, tokens, max_norm, device, bf16, score):
     by micro-batch would weigh a 3-token answer like a 300-token one.
     """
     scale = dist.get_world_size() / tokens                  # DDP averages over ranks; we want the sum
-    sums = 0
+    results = []
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         with nullcontext() if last else model.no_sync():    # gradients cross the wire once per step
@@ -190,9 +201,14 @@ def train_step(model, micro_batches, tokens, max_norm, device, bf16, score):
                 loss, predicted = model(batch["input_ids"].to(device, non_blocking=True),
                                         batch["labels"].to(device, non_blocking=True),
                                         [pixels.to(device, non_blocking=True) for pixels in batch["pixel_values"]])
-            (loss * scale).backward()
-        sums += torch.cat([loss.detach()[None].double(), score(batch, predicted).to(device)])
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            with part("backward"):
+                (loss * scale).backward()
+        results.append((loss.detach(), predicted))
+    with part("optimizer"):
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    # Only now: to look at a result, the CPU waits for the GPU, which then waits for the next micro-batch.
+    sums = sum(torch.cat([loss[None].double(), score(batch, predicted).to(device)])
+               for batch, (loss, predicted) in zip(micro_batches, results))
     loss_sum, *scores = all_sum(sums).tolist()
     return loss_sum / tokens, norm.item(), scores
 
@@ -370,6 +386,7 @@ def checkpoint_parts(cfg):
     return [name for name in PARTS if name in before or name in {part.split('.')[0] for part in cfg.trained}]
 
 
+@part("checkpoint")
 def save(run, step, model, optimizer, about, keep, forever=False):
     """Rank zero writes, everyone waits."""
     state = random_state()

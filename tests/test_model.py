@@ -1,6 +1,7 @@
 """model.py: features, gradients, freezing; and that it computes what transformers computes."""
 import copy
 import math
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -201,6 +202,43 @@ def test_a_frozen_language_model_drops_nothing(checkpointing):
 
 def loss_of(model, batch):
     return model(batch["input_ids"], batch["labels"], batch["pixel_values"])[0]
+
+
+def test_logits_in_pieces_change_no_loss_no_guess_and_no_gradient(monkeypatch):
+    whole, pieces = tiny_vlm(), tiny_vlm()
+    batch, = batches((4,))
+    want, guessed = whole(batch["input_ids"], batch["labels"], batch["pixel_values"])
+    monkeypatch.setattr("model.PIECE", 3)                   # of ten supervised positions
+    got, again = pieces(batch["input_ids"], batch["labels"], batch["pixel_values"])
+    (want * 2).backward(), (got * 2).backward()
+    assert_close(got, want)
+    assert torch.equal(again, guessed)
+    for (name, a), b in zip(pieces.named_parameters(), whole.parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or b.grad is None or bool(a.grad.allclose(b.grad, atol=1e-6)), name
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_has_the_same_loss_at_every_length_from_one_graph():
+    plain, compiled = tiny_vlm(), tiny_vlm()
+    compiled.use_compile()
+    torch._dynamo.utils.counters.clear()
+    for sizes, pictures in (((4,), 1), ((6,), 1), ((5,), 0)):
+        batch, = batches(sizes, pictures)
+        want, _ = plain(batch["input_ids"], batch["labels"], batch["pixel_values"])
+        got, _ = compiled(batch["input_ids"], batch["labels"], batch["pixel_values"])
+        got.backward()
+        assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_last_vision_block_does_no_work_and_changes_no_feature():
+    model, pixels = VISION["siglip"](), torch.randn(2, 3, 16, 16)
+    want = model(pixels, output_hidden_states=True).hidden_states[-2]
+    backbone = VisionBackbone([model])
+    model.encoder.layers[-1].mlp.fc1.weight.data.fill_(math.nan)    # would be seen in whatever it touches
+    assert torch.equal(backbone([pixels]), want)
+    assert not model(pixels).last_hidden_state.isnan().any()
 
 
 def test_padding_changes_nothing():

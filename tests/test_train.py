@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -396,6 +397,15 @@ def test_generate_answers_from_the_command_line(world, one_rank, capsys):
     done = subprocess.run([sys.executable, "generate.py", *flags, "--image", a], cwd=ROOT, capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_profile_writes_a_trace_and_parts_that_add_up(world, tmp_path):
+    _, run, printed = run_train(world, tmp_path, "--max_steps", "5", "--profile", "2")
+    names = {event.get("name") for event in json.loads((run / "trace.json").read_text())["traceEvents"]}
+    assert {"data wait", "vision", "projector", "LLM forward", "backward", "optimizer"} <= names
+    table = {name: float(share) for share, name in re.findall(r"^ *([\d.]+)%  (.+)$", printed, re.MULTILINE)}
+    assert table.pop("all-reduce, while the others run") >= 0
+    assert sum(table.values()) == pytest.approx(100, abs=0.5) and min(table.values()) >= 0, table
 
 
 def test_help_is_there_without_torch():
