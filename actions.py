@@ -70,6 +70,21 @@ class ActionTokens:
     def load(cls, saved):
         return cls(saved["end"], saved["statistics"])
 
+    @torch.no_grad()
+    def fresh_rows(self, llm, seed):
+        """Gives the action ids embeddings of their own, neighbors alike: sums of a few waves along the bins.
+
+        Ids that no text ever used have drifted together until one is like the other. The loss then hardly tells one
+        action from the next, and hundreds of steps go by before the rows part.
+        """
+        bins = torch.linspace(0, torch.pi, BINS)[:, None] * torch.arange(1, 9)                              # (256, 8)
+        waves = torch.cat([bins.sin(), bins.cos()], dim=1)                                                  # (256, 16)
+        for table in {llm.get_input_embeddings(), llm.get_output_embeddings()}:
+            weight = table.weight
+            directions = torch.randn(16, weight.shape[1], generator=torch.Generator().manual_seed(seed))
+            rows = waves @ directions / 8 ** 0.5 * (weight - weight.mean(0)).std().cpu()
+            weight[self.end - BINS:self.end] = rows.flip(0).to(weight)
+
     def score(self, batch, predicted):
         """A batch and its predicted tokens (S,) -> (2 + A,) examples, right action tokens, sum of |error| per dimension
         in physical units."""
