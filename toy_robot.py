@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import toy
 
-STEP = 24.0                                                 # one action moves so far on each axis, at most [pixels]
+STEP = 12.0                                                 # one action moves so far on each axis, at most [pixels]
 REACH = 12.0                                                # a closing gripper takes what is so near [pixels]
 GRID = 8.0                                                  # the expert names places in multiples of it [pixels]
 NEAR = 12.0                                                 # the expert closes, opens from here [pixels]
@@ -179,7 +179,7 @@ def record(task, rng, noise=4.0, slip=0.06):
     return steps
 
 
-def write(folder, seed=0, episodes=4000):
+def write(folder, seed=0, episodes=2500):
     folder, rng = Path(folder), random.Random(seed)
     for split, count in (("val", max(1, episodes // 20)), ("train", episodes)):  # train last: all is there
         rows = []
@@ -250,5 +250,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", default="data/toy_robot", help="where to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world (%(default)s)")
-    parser.add_argument("--episodes", type=int, default=4000, help="how many for training (%(default)s)")
+    parser.add_argument("--episodes", type=int, default=2500, help="how many for training (%(default)s)")
     write(**vars(parser.parse_args()))
