@@ -234,6 +234,28 @@ def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, t
     assert re.fullmatch(rf"{actions[1][0]:.4f} {actions[1][1]:.4f} \(\d+ ms\)\n", printed)
 
 
+def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, base, tmp_path, capsys):
+    from evaluate import EvaluateConfig, open_loop
+    from generate import Assistant
+    assistant = Assistant(train_robot(robot, base, tmp_path, "--max_steps", "1")[1])
+    scores = open_loop(assistant, assistant.dataset(robot / "lamp.json", robot / "images"),
+                       EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
+    bright = np.arange(6) / 48
+    assert scores["count"] == 6 and len(scores["l1"]["policy"]) == 2
+    assert scores["l1"]["mean action"] == pytest.approx([np.abs(bright - 23.5 / 48).mean()] * 2)
+    first = 23.5 / 48 + (23.5 - 4) / 48                     # there is no action before: the mean one counts
+    assert scores["l1"]["action before"] == pytest.approx([(first + 4 / 48) / 6] * 2)
+    assert "mean action" in capsys.readouterr().out
+
+
+def test_the_check_of_a_file_understands_episodes(robot, capsys):
+    cfg = data_module.CheckConfig(check=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
+                                  vision_backbone=str(ROOT / "toy/vit"), llm_backbone=str(ROOT / "toy/llm"))
+    assert data_module.check(cfg) == 0
+    printed = capsys.readouterr().out
+    assert '"num_trajectories": 12' in printed and "48 examples, 0 wrong" in printed and "to show it?" in printed
+
+
 def test_a_continued_policy_is_the_one_that_was_never_stopped(robot, base, tmp_path):
     """Augmentation included: a picture's crop depends on seed, epoch and example, not on how often a run began."""
     flags = ("--max_steps", "8", "--save_every", "7", "--augment")
