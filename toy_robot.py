@@ -2,7 +2,7 @@
 
 A table seen from above, two to four colored shapes as in toy.py, and a gripper. The task is one sentence,
 such as "put the red circle on the blue square". Places are in pixels of the picture, x to the right, y down.
-An action is (dx, dy, grip): pixels to move, at most STEP each; grip 1 = open, 0 = close.
+An action is (x, y, grip): where to move, of which one action does at most STEP on each axis; grip 1 = open, 0 = close.
 
     python toy_robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
 
@@ -22,13 +22,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 import toy
 
-STEP = 8.0                                                  # pixels per action and axis, at most
-REACH = 7.0                                                 # a closing gripper takes what is so near [pixels]
-SPEED = 4.0                                                 # the expert moves by multiples of it [pixels]
-NEAR = 6.0                                                  # the expert closes, opens from here [pixels]
-ON = 8.0                                                    # "on" = centers so near [pixels]
+STEP = 12.0                                                 # one action moves so far on each axis, at most [pixels]
+REACH = 12.0                                                # a closing gripper takes what is so near [pixels]
+GRID = 8.0                                                  # the expert names places in multiples of it [pixels]
+NEAR = 12.0                                                 # the expert closes, opens from here [pixels]
+ON = 12.0                                                   # "on" = centers so near [pixels]
 MARGIN = 13.0                                               # the gripper stays so far from the edge
-MOST_STEPS = 40
+MOST_STEPS = 30
 
 
 class Task(NamedTuple):
@@ -98,8 +98,8 @@ class Table:
         self.stack.append(i)
 
     def step(self, action):
-        """(dx, dy, grip): first the gripper moves, with what it holds, then it opens or closes."""
-        move = np.clip(action[:2], -STEP, STEP)
+        """(x, y, grip): first the gripper moves, with what it holds, then it opens or closes."""
+        move = np.clip(action[:2] - self.gripper, -STEP, STEP)
         self.gripper = np.clip(self.gripper + move, MARGIN, toy.PIXELS - MARGIN)
         if self.held is not None:
             self.places[self.held] = self.gripper
@@ -123,13 +123,16 @@ class Table:
         """The next action towards the goal of the task (its own, if not told another)."""
         thing, target = (task or self.task)[1:]
         if self.success(task) or self.held not in (None, thing):
-            return np.array([0.0, 0.0, 1.0])                # done, or the wrong thing is held: stay, open
+            return np.array([*self.on_grid(self.places[thing]), 1.0])       # done, or the wrong thing is held: open
         holds = self.held == thing
-        way = self.places[target if holds else thing] - self.gripper
-        near = np.linalg.norm(way) <= NEAR
-        # Each axis by itself and in few speeds: "left, fast" is easier to learn from a picture than an angle.
-        move = np.clip(np.round(way / SPEED) * SPEED, -STEP, STEP)
-        return np.array([*move, float(near == holds)])      # near: close on the thing, open over the target
+        goal = self.places[target if holds else thing]
+        near = np.linalg.norm(goal - self.gripper) <= NEAR
+        return np.array([*self.on_grid(goal), float(near == holds)])        # near: close on the thing, open over the target
+
+    @staticmethod
+    def on_grid(place):
+        """Few places are learned from fewer examples; what is lost is well within REACH and ON."""
+        return np.round(place / GRID) * GRID
 
     def picture(self):
         fine = 3                                            # as toy.draw: drawn larger, then averaged
@@ -139,12 +142,12 @@ class Table:
             color, radius, angle = self.looks[i]
             x, y = self.places[i] * fine
             toy.draw_shape(canvas, self.task.scene[i].shape, color, x, y, radius * fine, angle)
+        # Open or closed decides what comes next, so a lamp shows it too. Nothing else has these two colors.
         x, y = self.gripper * fine
-        gap, dark = (13 if self.open else 7) * fine, (40, 40, 46)
+        gap, color = (15 * fine, (30, 30, 34)) if self.open else (7 * fine, (255, 90, 200))
         for side in (-gap, gap):                            # two fingers and what joins them
-            finger = (x + side - 2 * fine, y - 9 * fine, x + side + 2 * fine, y + 9 * fine)
-            canvas.rectangle(finger, fill=dark)
-        canvas.rectangle((x - gap, y - 12 * fine, x + gap, y - 8 * fine), fill=dark)
+            canvas.rectangle((x + side - 2.5 * fine, y - 9 * fine, x + side + 2.5 * fine, y + 9 * fine), fill=color)
+        canvas.rectangle((x - gap, y - 1.5 * fine, x + gap, y + 1.5 * fine), fill=color)
         return image.reduce(fine)
 
 
@@ -153,23 +156,22 @@ def random_start(table, rng):
     luck = rng.random()
     if luck < 0.25:
         table.take(table.task.thing)
-    elif luck < 0.35:
+    elif luck < 0.30:
         table.take(rng.choice([i for i in table.stack if i != table.task.thing]))
-    elif luck < 0.45:
-        table.step([0, 0, 0])
+    elif luck < 0.35:
+        table.step([*table.gripper, 0])
 
 
-def record(task, rng, noise=2.0, slip=0.06):
+def record(task, rng, noise=4.0, slip=0.06):
     """One episode of the expert: [(picture, action), ...].
 
     Written down is its answer to what the picture shows. What happens has noise [pixels] and slips.
     """
-    table, steps, done = Table(task, rng), [], 0
+    table, steps = Table(task, rng), []
     random_start(table, rng)
-    while len(steps) < MOST_STEPS and done < 2:             # twice: to be seen that it stays so
+    while len(steps) < MOST_STEPS and not table.success():
         action = table.expert()
         steps.append((table.picture(), action))
-        done += table.success()
         moved = action + [rng.gauss(0, noise), rng.gauss(0, noise), 0]
         if rng.random() < slip:
             moved[2] = 1 - moved[2]
@@ -177,7 +179,7 @@ def record(task, rng, noise=2.0, slip=0.06):
     return steps
 
 
-def write(folder, seed=0, episodes=800):
+def write(folder, seed=0, episodes=2500):
     folder, rng = Path(folder), random.Random(seed)
     for split, count in (("val", max(1, episodes // 20)), ("train", episodes)):  # train last: all is there
         rows = []
@@ -248,5 +250,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", default="data/toy_robot", help="where to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world (%(default)s)")
-    parser.add_argument("--episodes", type=int, default=800, help="how many for training (%(default)s)")
+    parser.add_argument("--episodes", type=int, default=2500, help="how many for training (%(default)s)")
     write(**vars(parser.parse_args()))

@@ -89,6 +89,8 @@ def main(cfg):
     model = load_vlm(cfg, cfg.trained, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if cfg.ckpt:
         checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
+    if policy and cfg.stage != config.read_config(cfg.ckpt).stage and any(name.startswith("llm") for name in cfg.trained):
+        policy.fresh_rows(model.llm, cfg.seed)
     torch.manual_seed(cfg.seed + rank)                      # with dropout, each rank drops other activations
     model.set_trained(cfg.trained)
     if cfg.gradient_checkpointing:

@@ -1,10 +1,15 @@
 """actions.py, and the stage that trains on episodes."""
 import json
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import data as data_module
 from actions import BINS, ActionTokens, compute_statistics, end_of_actions, read_actions
@@ -162,11 +167,12 @@ def test_the_score_is_the_error_in_physical_units(tmp_path):
     assert not isinstance(batch, BadExample)
     targets = batch["labels"][:, 1:]
     predicted = targets[targets != IGNORE].clone()
-    assert policy.metrics(policy.score(batch, predicted).tolist()) == {"accuracy": 1.0, "l1": [0.0, 0.0, 0.0]}
+    assert policy.metrics(policy.score(batch, predicted).tolist()) == {
+        "accuracy": 1.0, "accuracies": [1.0, 1.0, 1.0], "l1": [0.0, 0.0, 0.0]}
     predicted[1] += 10                                      # the second dimension of the first example, ten bins lower
     metrics = policy.metrics(policy.score(batch, predicted).tolist())
     of = policy.statistics["d"]["action"]
-    assert metrics["accuracy"] == pytest.approx(8 / 9)
+    assert metrics["accuracy"] == pytest.approx(8 / 9) and metrics["accuracies"] == pytest.approx([1, 2 / 3, 1])
     assert metrics["l1"] == pytest.approx([0, 10 / 255 * (of["q99"][1] - of["q01"][1]) / 3, 0])
 
 
@@ -223,6 +229,55 @@ def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, t
     assert (actions >= low).all() and (actions <= high).all()
     for i in range(3):                                      # batched = one by one
         assert (assistant.act(images[i:i + 1], ["show it"])[0] == actions[i]).all()
+    command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png", "--prompt", "Show it."]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(rf"{actions[1][0]:.4f} {actions[1][1]:.4f} \(\d+ ms\)\n", printed)
+
+
+def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, base, tmp_path, capsys):
+    from evaluate import EvaluateConfig, open_loop
+    from generate import Assistant
+    assistant = Assistant(train_robot(robot, base, tmp_path, "--max_steps", "1")[1])
+    scores = open_loop(assistant, assistant.dataset(robot / "lamp.json", robot / "images"),
+                       EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
+    bright = np.arange(6) / 48
+    assert scores["count"] == 6 and len(scores["l1"]["policy"]) == 2
+    assert scores["l1"]["mean action"] == pytest.approx([np.abs(bright - 23.5 / 48).mean()] * 2)
+    first = 23.5 / 48 + (23.5 - 4) / 48                     # there is no action before: the mean one counts
+    assert scores["l1"]["action before"] == pytest.approx([(first + 4 / 48) / 6] * 2)
+    assert "mean action" in capsys.readouterr().out
+
+
+def test_the_check_of_a_file_understands_episodes(robot, capsys):
+    cfg = data_module.CheckConfig(check=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
+                                  vision_backbone=str(ROOT / "toy/vit"), llm_backbone=str(ROOT / "toy/llm"))
+    assert data_module.check(cfg) == 0
+    printed = capsys.readouterr().out
+    assert '"num_trajectories": 12' in printed and "48 examples, 0 wrong" in printed and "to show it?" in printed
+
+
+def test_a_continued_policy_is_the_one_that_was_never_stopped(robot, base, tmp_path):
+    """Augmentation included: a picture's crop depends on seed, epoch and example, not on how often a run began."""
+    flags = ("--max_steps", "8", "--save_every", "7", "--augment")
+    _, run, _ = train_robot(robot, base, tmp_path, *flags)
+    want = weights(run)
+    shutil.rmtree(run / "step-00000008")
+    _, run, _ = train_robot(robot, base, tmp_path, *flags)
+    assert all(torch.equal(weights(run)[name], want[name]) for name in want)
+
+
+def test_fresh_rows_are_like_their_neighbors_and_leave_all_others_alone():
+    torch.manual_seed(0)
+    llm = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=1, n_head=2))
+    before = llm.get_input_embeddings().weight.detach().clone()
+    before[300:556] = 4.0
+    llm.get_input_embeddings().weight.data.copy_(before)    # as if nothing had ever told them apart
+    ActionTokens(556, UNIT).fresh_rows(llm, seed=7)
+    after = llm.get_output_embeddings().weight              # tied
+    assert torch.equal(after[:300], before[:300]) and torch.equal(after[556:], before[556:])
+    rows = torch.nn.functional.normalize(after[300:556], dim=1)
+    like = rows @ rows.T
+    assert like.diagonal(1).min() > 0.99 and like.mean() < 0.3
 
 
 def test_only_the_named_parts_train(robot, base, tmp_path):
@@ -241,7 +296,6 @@ def test_a_mixture_repeats_a_file_within_an_epoch(robot, base, tmp_path):
     files = f"{robot / 'lamp.json'},{robot / 'lamp.json'}"
     metrics, _, printed = train_robot(robot, base, tmp_path, "--train_json", files, "--mixture", "3,1", "--max_steps", "2")
     assert len(metrics) == 2 and "192 examples" in printed and "24 an epoch" in printed
-    assert (ROOT / "actions.py").exists()
 
 
 def test_one_action_costs_one_token_per_dimension(tmp_path):
