@@ -18,7 +18,7 @@ import checkpoint
 from config import TRAINS
 from data import IGNORE, IMAGE, collate
 from generate import Assistant
-from model import PARTS, VLM, VisionBackbone, load_vision, make_projector
+from model import PARTS, VLM, VisionBackbone, blocks, load_vision, make_projector
 from train import count_together, right_tokens, train_step
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8)
@@ -177,7 +177,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(stage, llm):
     for sizes in ((8,), (1, 7), (2, 3, 3)):
         assert_same_gradients(gradients(model, batches(sizes)), want)
     calls, batch = [], batches([2])[0]
-    model.llm_layers()[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    blocks(model.llm.base_model)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     loss, _ = model(batch["input_ids"], batch["labels"], batch["pixel_values"])
     assert len(calls) == 1
     loss.backward()
@@ -279,7 +279,7 @@ def test_the_forward_is_that_of_transformers_llava(pictures):
         loss, _ = ours(batch["input_ids"], batch["labels"], batch["pixel_values"])
     count = (batch["labels"][:, 1:] != IGNORE).sum()
     assert_close(loss / count, want.loss, rtol=1e-5, atol=1e-5)
-    wrong, vision = copy.deepcopy(ours), ours.vision.models[0]          # features of the last block would be caught
+    wrong, vision = copy.deepcopy(ours), theirs.model.vision_tower        # features of the last block would be caught
     wrong.vision.forward = lambda pixels: vision(pixels[0], output_hidden_states=True).hidden_states[-1]
     with pytest.raises(AssertionError):
         assert_close(loss_of(wrong, batch) / count, want.loss, rtol=1e-5, atol=1e-5)
