@@ -69,7 +69,7 @@ class Config:
     keep_dimensions: str = knob("", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
     augment: bool = knob(False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
     gradient_checkpointing: bool = knob(False, "recompute the LLM's activations in backward: less memory, 30 % slower")
-    compile: bool = knob(False, "torch.compile the LLM's blocks: the first step takes a minute; needs gcc")
+    compile: bool = knob(False, "torch.compile the LLM's blocks: a slower first step; on a CPU it needs g++")
     profile: int = knob(0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
     precision: Literal["auto", "bf16", "fp32"] = knob("auto", "autocast; auto = bf16 on a GPU, fp32 on a CPU")
 
@@ -183,7 +183,8 @@ def read_config(ckpt):
 
 
 def make_parser(cls, description=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=description)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=description,
+                                     usage="%(prog)s [flags]; --help lists them")   # an error must not drown in 60 flags
     kinds = get_type_hints(cls)
     for f in fields(cls):
         kind, shown = kinds[f.name], "" if f.default == "" else " (default: %(default)s)"

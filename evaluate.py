@@ -106,7 +106,7 @@ def contact_sheet(results, data, path, columns=6, rows=4, size=160, blank_images
         by_type.setdefault(result["type"], []).append(result)
     longest = max(len(group) for group in by_type.values())
     mixed = [group[i] for i in range(longest) for group in by_type.values() if i < len(group)][:columns * rows]
-    font, height = ImageFont.load_default(11), size + 82
+    font, height = ImageFont.load_default(11), size + 90
     sheet = Image.new("RGB", (columns * (size + 12), -(-len(mixed) // columns) * height), "white")
     canvas = ImageDraw.Draw(sheet)
     for place, result in enumerate(mixed):
@@ -118,13 +118,12 @@ def contact_sheet(results, data, path, columns=6, rows=4, size=160, blank_images
             picture = ImageOps.contain(picture, (size // len(names) - 2, size))
             sheet.paste(picture, (x + k * size // len(names), y))
         color = "darkgreen" if result["right"] else "firebrick"
-        text = result["question"].replace("<image>", "").strip() + "\n" + result["answer"]
-        text += "" if result["right"] else f"\n(expected: {result['expected']})"
+        given = result["answer"] + ("" if result["right"] else f"\n(expected: {result['expected']})")
+        answer = [line for text in given.split("\n") for line in wrap(text, font, size)][:4]
+        question = wrap(result["question"].replace("<image>", ""), font, size)[:(6 if names else 18) - len(answer)]
         y_text = y + (size if names else 4) + 2
-        for i, part in enumerate(text.split("\n")):
-            for line in wrap(part, font, size)[:5 if names else 12]:
-                canvas.text((x, y_text), line, fill="black" if i == 0 else color, font=font)
-                y_text += 13
+        for i, line in enumerate(question + answer):
+            canvas.text((x, y_text + 13 * i), line, fill="black" if i < len(question) else color, font=font)
     sheet.save(path)
 
 

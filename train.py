@@ -385,7 +385,7 @@ def checkpoint_parts(cfg):
         if cfg.ckpt and getattr(cfg, name) != getattr(config.read_config(cfg.ckpt), name):
             raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
                             f"{getattr(config.read_config(cfg.ckpt), name)}. Leave the flag out")
-    return [name for name in PARTS if name in before or name in {part.split('.')[0] for part in cfg.trained}]
+    return [name for name in PARTS if name in before or name in {trained.split('.')[0] for trained in cfg.trained}]
 
 
 @part("checkpoint")

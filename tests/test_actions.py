@@ -174,6 +174,8 @@ def test_the_score_is_the_error_in_physical_units(tmp_path):
     of = policy.statistics["d"]["action"]
     assert metrics["accuracy"] == pytest.approx(8 / 9) and metrics["accuracies"] == pytest.approx([1, 2 / 3, 1])
     assert metrics["l1"] == pytest.approx([0, 10 / 255 * (of["q99"][1] - of["q01"][1]) / 3, 0])
+    predicted[0] += 1
+    assert policy.metrics(policy.score(batch, predicted).tolist())["accuracies"] == pytest.approx([2 / 3, 2 / 3, 1])
 
 
 # ---- the stage ----

@@ -204,6 +204,23 @@ def loss_of(model, batch):
     return model(batch["input_ids"], batch["labels"], batch["pixel_values"])[0]
 
 
+def test_a_long_gradient_is_clipped_and_a_short_one_is_not():
+    model, parts, cpu = tiny_vlm(), batches((2, 2)), torch.device("cpu")
+    model.no_sync = nullcontext
+
+    def length(limit):
+        """Of the gradient that train_step leaves behind, and of the one that it reports."""
+        model.zero_grad()
+        tokens = count_together(parts, False, cpu)["tokens"]
+        _, norm, _ = train_step(model, parts, tokens, limit, cpu, False, right_tokens)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item(), norm
+
+    free, reported = length(1e9)
+    assert reported == pytest.approx(free)
+    assert length(free / 2) == pytest.approx((free / 2, free), rel=1e-5)
+    assert length(free * 2) == pytest.approx((free, free))
+
+
 def test_logits_in_pieces_change_no_loss_no_guess_and_no_gradient(monkeypatch):
     whole, pieces = tiny_vlm(), tiny_vlm()
     batch, = batches((4,))

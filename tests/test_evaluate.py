@@ -1,0 +1,69 @@
+"""evaluate.py: what counts as right, the table by type, the sheet that people look at."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import UserError
+from evaluate import EvaluateConfig, contact_sheet, score, summary
+
+ASK = "<image>\nWhich is shown?\nA. a star\nB. a heart"
+
+
+class Recorded:
+    """Rows of a JSON file, without pictures; an example of them is never looked at."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return {"images": []}
+
+    def row(self, i):
+        return self.rows[i]
+
+    def named(self, i, what):
+        return UserError(f"example {i}: {what}")
+
+
+def rows_of(*types):
+    turns = [{"from": "human", "value": ASK}, {"from": "gpt", "value": "A star"}]
+    return [kind | {"conversations": turns} for kind in types]
+
+
+def scored(rows, answers):
+    assistant = SimpleNamespace(caption_only=False, answer=lambda examples, _: [answers.pop(0) for _ in examples])
+    return score(assistant, Recorded(rows), EvaluateConfig(ckpt="x", json="x", batch_size=2))
+
+
+def test_case_outer_spaces_and_a_final_dot_do_not_count_and_nothing_else_is_forgiven():
+    results = scored(rows_of(*[{}] * 5), ["A star", " a  STAR. ", "star", "a star, blue", ""])
+    assert [result["right"] for result in results] == [True, True, False, False, False]
+
+
+def test_each_type_has_its_row_under_either_name():
+    results = scored(rows_of({"type": "shape", "category": "z"}, {"category": "z"}, {}, {"type": "shape"}),
+                     ["a star", "a star", "no", "no"])
+    assert summary(results) == {"accuracy": 0.5, "count": 4, "by_type": {
+        "all": {"accuracy": 0.0, "count": 1}, "shape": {"accuracy": 0.5, "count": 2}, "z": {"accuracy": 1.0, "count": 1}}}
+
+
+def test_a_last_turn_of_the_human_is_no_expected_answer():
+    rows = rows_of({})
+    rows[0]["conversations"] = rows[0]["conversations"][:1]
+    with pytest.raises(UserError, match="the last turn must be the expected answer"):
+        scored(rows, ["a star"])
+
+
+@pytest.mark.parametrize("answer, right, color", [("", True, ""), ("yes", True, "green"), ("no", False, "red")])
+def test_on_the_sheet_only_the_answer_has_a_color(tmp_path, answer, right, color):
+    """Of a question of several lines, too."""
+    result = {"index": 0, "type": "all", "question": ASK, "expected": "yes", "answer": answer, "right": right}
+    contact_sheet([result], Recorded(rows_of({})), tmp_path / "sheet.png")
+    red, green, blue = np.array(Image.open(tmp_path / "sheet.png"), dtype=int).reshape(-1, 3).T
+    assert (green > np.maximum(red, blue) + 20).any() == (color == "green")
+    assert (red > np.maximum(green, blue) + 20).any() == (color == "red")
