@@ -1,4 +1,6 @@
-"""A run on disk: write, find, load, resume. Weights and optimizer are safetensors, the rest is JSON; never pickle.
+"""A run on disk: write, find, load, resume.
+
+Weights and optimizer are safetensors, the rest is JSON; never pickle.
 
     runs/<run_id>/config.json            every flag of the run
                   metrics.jsonl          one line per optimizer step
@@ -21,13 +23,15 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def step_folders(run):
-    """All step folders of a run, oldest first. A folder gets this name only after all its files are on disk."""
+    """All step folders of a run, oldest first.
+    A folder gets this name only after all its files are on disk."""
     folders = [path for path in Path(run).glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
 def damage(step_folder):
-    """What is wrong with a step folder, "" if it is whole. The head of a safetensors file says how long it must be."""
+    """What is wrong with a step folder, "" if it is whole.
+    The head of a safetensors file says how long it must be."""
     for name in FILES:
         try:
             if name.endswith(".json"):
@@ -41,7 +45,8 @@ def damage(step_folder):
 
 
 def newest(run):
-    """-> the newest whole step folder of a run or None, and a sentence about each damaged one that is newer."""
+    """-> the newest whole step folder of a run or None,
+    and a sentence about each damaged one that is newer."""
     damaged = []
     for folder in reversed(step_folders(run)):
         if not damage(folder):
@@ -51,9 +56,10 @@ def newest(run):
 
 
 def save(run, step, model_tensors, optimizer_tensors, state, keep):
-    """Writes one step folder, whole or not at all, then removes all but the `keep` newest. Returns the folder.
+    """Writes one step folder, whole or not at all, then removes all but the `keep` newest.
 
-    A state with "forever": true is never removed. Raises UserError where the disk refuses; what was there stays.
+    Returns the folder. A state with "forever": true is never removed. Raises UserError where the disk
+    refuses; what was there stays.
     """
     run = Path(run)
     final, part = run / f"step-{step:08d}", run / f"part-{step:08d}"
@@ -69,8 +75,9 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
         flush(part)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"the checkpoint of step {step} can't be written to {run} ({e}). Older ones are intact. Free some "
-                        "space or lower --keep, then give the same command again") from e
+        raise UserError(f"the checkpoint of step {step} can't be written to {run} ({e}). "
+                        "Older ones are intact. Free some space or lower --keep, "
+                        "then give the same command again") from e
     if final.exists():
         shutil.rmtree(final)
     part.rename(final)                                      # the folder appears whole or not at all
@@ -78,7 +85,7 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
     # A damaged one counts for nothing: with it among the `keep` newest, the last whole one could go.
     whole = [folder for folder in step_folders(run) if not damage(folder)]
     for old in [folder for folder in whole if not read_state(folder).get("forever")][:-keep]:
-        old.rename(part)                                    # under its own name it would be a damaged one, if killed here
+        old.rename(part)                        # under its own name it would be a damaged one, if killed here
         shutil.rmtree(part)
     return final
 
@@ -92,7 +99,8 @@ def write_text(path, text):
 
 
 def flush(path):
-    """What was written is on the disk, not in a cache, when this returns. Works for folders too (their list of names)."""
+    """What was written is on the disk, not in a cache, when this returns.
+    Works for folders too (their list of names)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,11 +113,13 @@ def find(ckpt):
     folder = Path(ckpt)
     if folder.name.startswith("step-"):
         if damage(folder):
-            raise UserError(f"--ckpt {ckpt} is damaged ({damage(folder)}). Give another step folder of this run")
+            raise UserError(f"--ckpt {ckpt} is damaged ({damage(folder)}). "
+                            "Give another step folder of this run")
         return folder
     found, damaged = newest(folder)
     if found is None:
-        raise UserError(f"--ckpt {ckpt}: there is no whole step-* folder in it{''.join('; ' + text for text in damaged)}. "
+        raise UserError(f"--ckpt {ckpt}: there is no whole step-* folder in it"
+                        f"{''.join('; ' + text for text in damaged)}. "
                         "Give a run folder with a checkpoint, or a step folder")
     return found
 
@@ -119,7 +129,8 @@ def read_state(step_folder):
 
 
 def tensors_of(module, parts):
-    """State dict of the given parts. A tied tensor goes in once, under its first name: safetensors refuses two."""
+    """State dict of the given parts.
+    A tied tensor goes in once, under its first name: safetensors refuses two."""
     tensors, seen = {}, set()
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name.split(".")[0] in parts and tensor not in seen:
@@ -129,7 +140,8 @@ def tensors_of(module, parts):
 
 
 def load_weights(model, step_folder):
-    """Fills the parts that the checkpoint holds. Strict: every tensor of a part must be there, in its shape."""
+    """Fills the parts that the checkpoint holds.
+    Strict: every tensor of a part must be there, in its shape."""
     file = Path(step_folder) / "model.safetensors"
     try:
         saved = load_file(file)
@@ -141,7 +153,8 @@ def load_weights(model, step_folder):
              + [f"surplus {name}" for name in saved if name not in wanted]
              + [f"{name} is {tuple(saved[name].shape)}, the model has {tuple(wanted[name].shape)}"
                 for name in wanted if name in saved and saved[name].shape != wanted[name].shape]
-             + [f"{name} is of type {tensor.dtype}" for name, tensor in saved.items() if not tensor.is_floating_point()])
+             + [f"{name} is of type {tensor.dtype}" for name, tensor in saved.items()
+                if not tensor.is_floating_point()])
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"{file} is the checkpoint of another model: {shown}. "
@@ -159,7 +172,8 @@ def optimizer_tensors(model, optimizer):
 
 
 def load_optimizer(model, optimizer, step_folder):
-    """Fills the optimizer as it was. Returns the random state of each rank: (ranks, bytes) uint8, see `save`."""
+    """Fills the optimizer as it was.
+    Returns the random state of each rank: (ranks, bytes) uint8, see `save`."""
     parameters = dict(model.named_parameters())
     random_states = {}
     with safe_open(Path(step_folder) / "optimizer.safetensors", "pt") as file:

@@ -1,7 +1,8 @@
-"""Every knob of a run, once. One dataclass field is one flag, one line of --help and one entry of config.json.
+"""Every knob of a run, once.
 
-A value comes from, weakest first: the field's default, the preset, the preset's stage, the checkpoint of --ckpt (what
-describes the model), the command line. No torch here, so `--help` is instant.
+One dataclass field is one flag, one line of --help and one entry of config.json. A value comes from, weakest
+first: the field's default, the preset, the preset's stage, the checkpoint of --ckpt (what describes the
+model), the command line. No torch here, so `--help` is instant.
 """
 import argparse
 import json
@@ -25,22 +26,25 @@ TRAINS = {"align": "projector", "finetune": "projector,llm", "full-finetune": "v
 @dataclass(frozen=True)
 class Config:
     stage: Literal["align", "finetune", "full-finetune", "vla"] = knob(
-        "align", "what trains, on what: the projector on captions; projector and LLM, or everything, on conversations; "
-        "everything on robot episodes")
+        "align", "what trains, on what: the projector on captions; projector and LLM, or everything, on "
+        "conversations; everything on robot episodes")
     ckpt: str = knob("", "run folder or step folder whose weights this run starts from")
-    trains: str = knob("", "parts that train, joined by commas: vision, projector, llm, llm.last (embeddings, last layer, "
-                       "output); empty = the stage's")
+    trains: str = knob("", "parts that train, joined by commas: vision, projector, llm, llm.last "
+                       "(embeddings, last layer, output); empty = the stage's")
     no_align: bool = knob(False, "finetune from a fresh projector, without an align stage before")
     preset: str = knob("toy", "named set of values for all other flags")
-    vision_backbone: str = knob("toy/vit", "folder or hub id of a CLIP, SigLIP or DINOv2 model; two joined by a comma")
+    vision_backbone: str = knob(
+        "toy/vit", "folder or hub id of a CLIP, SigLIP or DINOv2 model; two joined by a comma")
     llm_backbone: str = knob("toy/llm", "folder or hub id of a causal language model")
-    projector: Literal["linear", "gelu-mlp", "fused-gelu-mlp"] = knob("gelu-mlp", "what turns patches into words")
+    projector: Literal["linear", "gelu-mlp", "fused-gelu-mlp"] = knob(
+        "gelu-mlp", "what turns patches into words")
     image_resize: Literal["resize-naive", "resize-crop", "letterbox"] = knob(
         "resize-naive", "how a picture becomes square: squash it, cut its sides, or pad it")
     prompt: Literal["auto", "plain", "vicuna", "llama2", "mistral", "phi", "chatml"] = knob(
         "auto", "how questions and answers are written; auto knows it from the language model")
     max_length: int = knob(2048, "longer examples are cut at the end", "positions, patches included")
-    train_json: str = knob("", "training examples: LLaVA JSON, JSON lines, or episodes; several files joined by commas")
+    train_json: str = knob(
+        "", "training examples: LLaVA JSON, JSON lines, or episodes; several files joined by commas")
     mixture: str = knob("", "how often each file of train_json comes in an epoch, such as 3,1; empty = once")
     image_dir: str = knob("", "folder that the pictures' paths start from")
     val_json: str = knob("", "held-out examples, scored when the run ends; empty = no score")
@@ -48,58 +52,73 @@ class Config:
     run_id: str = knob("", "name of the run folder; empty = <preset>-<stage>-x<seed>")
     run_root: str = knob("runs", "folder of all run folders")
     global_batch_size: int = knob(128, "examples per optimizer step, over all GPUs", "examples")
-    per_device_batch_size: int = knob(16, "examples per forward on one GPU; halve it when memory runs out", "examples")
+    per_device_batch_size: int = knob(
+        16, "examples per forward on one GPU; halve it when memory runs out", "examples")
     epochs: int = knob(1, "times every example is seen")
     max_steps: int = knob(0, "optimizer steps, whatever the epochs; 0 = by epochs")
     learning_rate: float = knob(2e-5, "peak learning rate, reached when the warm-up ends")
-    schedule: Literal["cosine", "constant"] = knob("cosine", "after the warm-up: half a cosine down to zero, or constant")
+    schedule: Literal["cosine", "constant"] = knob(
+        "cosine", "after the warm-up: half a cosine down to zero, or constant")
     weight_decay: float = knob(0.0, "AdamW weight decay, not on norms and biases")
     warmup_ratio: float = knob(0.03, "linear warm-up", "fraction of all steps")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
-    length_window: int = knob(64, "examples of like length share a batch, sorted over this many; 0 = random order",
-                              "global batches")
+    length_window: int = knob(
+        64, "examples of like length share a batch, sorted over this many; 0 = random order",
+        "global batches")
     seed: int = knob(7, "of the projector's start, and of the order of the data")
     save_every: int = knob(500, "a checkpoint every so many steps, and at the end", "steps")
     keep: int = knob(2, "newest checkpoints to keep")
     keep_epochs: bool = knob(False, "also save at the end of each epoch, and never remove these checkpoints")
     overwrite: bool = knob(False, "delete a run folder of the same name and start over")
-    skip_bad_examples: bool = knob(False, "replace an example that can't be read by the next good one, and count it, "
-                                   "instead of stopping")
+    skip_bad_examples: bool = knob(
+        False, "replace an example that can't be read by the next good one, and count it, "
+        "instead of stopping")
     num_workers: int = knob(4, "processes that read data, per GPU; 0 = none")
-    keep_dimensions: str = knob("", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
-    augment: bool = knob(False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
-    gradient_checkpointing: bool = knob(False, "recompute the LLM's activations in backward: less memory, 30 % slower")
+    keep_dimensions: str = knob(
+        "", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
+    augment: bool = knob(
+        False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
+    gradient_checkpointing: bool = knob(
+        False, "recompute the LLM's activations in backward: less memory, 30 % slower")
     compile: bool = knob(False, "torch.compile the LLM's blocks: a slower first step; on a CPU it needs g++")
-    profile: int = knob(0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
+    profile: int = knob(
+        0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
     precision: Literal["auto", "bf16", "fp32"] = knob("auto", "autocast; auto = bf16 on a GPU, fp32 on a CPU")
 
     def __post_init__(self):
         if self.stage == "finetune" and not self.ckpt and not self.no_align:
-            raise UserError("--stage finetune starts from an aligned projector: give --ckpt runs/<align run>, "
-                            "or --no_align for a fresh projector")
+            raise UserError("--stage finetune starts from an aligned projector: "
+                            "give --ckpt runs/<align run>, or --no_align for a fresh projector")
         if self.stage in ("full-finetune", "vla") and not self.ckpt:
             raise UserError(f"--stage {self.stage} starts from a trained VLM: give --ckpt runs/<run>")
         if not self.trained or not set(self.trained) <= {"vision", "projector", "llm", "llm.last"}:
-            raise UserError(f"--trains {self.trains}: choose from vision, projector, llm, llm.last, joined by commas")
+            raise UserError(f"--trains {self.trains}: choose from vision, projector, llm, llm.last, "
+                            "joined by commas")
         times = self.mixture.split(",") if self.mixture else []
-        if times and (len(times) != len(self.train_json.split(",")) or not all(t.isdigit() and int(t) for t in times)):
-            raise UserError(f"--mixture {self.mixture}: give one whole number from 1 on for each file of --train_json")
+        if times and (len(times) != len(self.train_json.split(","))
+                      or not all(t.isdigit() and int(t) for t in times)):
+            raise UserError(f"--mixture {self.mixture}: give one whole number from 1 on "
+                            "for each file of --train_json")
         if not all(d.isdigit() for d in self.kept_dimensions):
-            raise UserError(f"--keep_dimensions {self.keep_dimensions}: give numbers joined by commas, counted from 0")
+            raise UserError(f"--keep_dimensions {self.keep_dimensions}: give numbers joined by commas, "
+                            "counted from 0")
         if self.ckpt and self.no_align:
-            raise UserError("--ckpt and --no_align exclude each other: start from a checkpoint, or from a fresh projector")
+            raise UserError("--ckpt and --no_align exclude each other: "
+                            "start from a checkpoint, or from a fresh projector")
         for name in ("train_json", "image_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing: preset {self.preset!r} brings no data of its own")
-        for name in ("global_batch_size", "per_device_batch_size", "epochs", "save_every", "keep", "max_length"):
+        for name in ("global_batch_size", "per_device_batch_size", "epochs", "save_every", "keep",
+                     "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay", "warmup_ratio",
-                     "seed", "profile"):
+        for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay",
+                     "warmup_ratio", "seed", "profile"):
             if not getattr(self, name) >= 0:                # this way round, nan is refused too
                 raise UserError(f"--{name} is {getattr(self, name)}, but must not be negative")
         if not self.max_grad_norm > 0:
-            raise UserError(f"--max_grad_norm is {self.max_grad_norm}, but must be positive (1e9 = no clipping)")
+            raise UserError(f"--max_grad_norm is {self.max_grad_norm}, but must be positive "
+                            "(1e9 = no clipping)")
 
     @property
     def trained(self):
@@ -117,15 +136,15 @@ class Config:
 # What belongs to the model, not to a run: a run that starts from --ckpt takes these over.
 MODEL_FIELDS = ("preset", "vision_backbone", "llm_backbone", "projector", "image_resize", "prompt")
 
-_TOY = {"image_dir": "data/toy/images", "prepare": "toy.py", "global_batch_size": 32, "per_device_batch_size": 32,
-        "max_length": 512, "num_workers": 1}
+_TOY = {"image_dir": "data/toy/images", "prepare": "toy.py", "global_batch_size": 32,
+        "per_device_batch_size": 32, "max_length": 512, "num_workers": 1}
 _PUBLISHED = {"align": {"global_batch_size": 256, "learning_rate": 1e-3, "length_window": 0},
               "finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
               "full-finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
-              "vla": {"global_batch_size": 256, "learning_rate": 2e-5, "schedule": "constant", "warmup_ratio": 0.0,
-                      "epochs": 1000, "length_window": 0, "augment": True}}
-# preset -> stage -> flags; "" is for all stages. Hyperparameters of the large ones: LLaVA-1.5 (arXiv 2310.03744,
-# appendix A) and Prismatic (arXiv 2402.07865, appendix B).
+              "vla": {"global_batch_size": 256, "learning_rate": 2e-5, "schedule": "constant",
+                      "warmup_ratio": 0.0, "epochs": 1000, "length_window": 0, "augment": True}}
+# preset -> stage -> flags; "" is for all stages. Hyperparameters of the large ones: LLaVA-1.5
+# (arXiv 2310.03744, appendix A) and Prismatic (arXiv 2402.07865, appendix B).
 PRESETS = {
     "toy": {
         "": _TOY,
@@ -133,12 +152,14 @@ PRESETS = {
                   "learning_rate": 3e-3, "length_window": 0},
         "finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json", "epochs": 3,
                      "learning_rate": 5e-4, "weight_decay": 0.01},
-        "full-finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json", "epochs": 1,
-                          "learning_rate": 3e-4, "weight_decay": 0.01},
-        "vla": {"train_json": "data/toy_robot/train.json", "image_dir": "data/toy_robot/images", "prepare": "toy_robot.py",
+        "full-finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json",
+                          "epochs": 1, "learning_rate": 3e-4, "weight_decay": 0.01},
+        "vla": {"train_json": "data/toy_robot/train.json",
+                "image_dir": "data/toy_robot/images", "prepare": "toy_robot.py",
                 "epochs": 3, "learning_rate": 5e-4, "weight_decay": 0.01, "length_window": 0}},
     "single-gpu": {
-        "": {"vision_backbone": "google/siglip-base-patch16-224", "llm_backbone": "HuggingFaceTB/SmolLM2-360M-Instruct"},
+        "": {"vision_backbone": "google/siglip-base-patch16-224",
+             "llm_backbone": "HuggingFaceTB/SmolLM2-360M-Instruct"},
         "align": _PUBLISHED["align"],
         "finetune": _PUBLISHED["finetune"],
         "full-finetune": _PUBLISHED["full-finetune"],
@@ -178,20 +199,22 @@ def read_config(ckpt):
         saved = json.loads(file.read_text())
         saved = {f.name: saved[f.name] for f in fields(Config) if f.name in saved or f.name in MODEL_FIELDS}
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{file} can't be read ({type(e).__name__}: {e}). Give a folder that train.py wrote") from e
+        raise UserError(f"{file} can't be read ({type(e).__name__}: {e}). "
+                        "Give a folder that train.py wrote") from e
     return Config(**saved)
 
 
 def make_parser(cls, description=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=description,
-                                     usage="%(prog)s [flags]; --help lists them")   # an error must not drown in 60 flags
+                                     # an error must not drown in 60 flags
+                                     usage="%(prog)s [flags]; --help lists them")
     kinds = get_type_hints(cls)
     for f in fields(cls):
         kind, shown = kinds[f.name], "" if f.default == "" else " (default: %(default)s)"
         options = dict(default=f.default, help=f.metadata["help"].replace("%", "%%") + shown)
-        if kind is bool:                                    # --compile and --no-compile; type=bool reads "False" as True
+        if kind is bool:                        # --compile and --no-compile; type=bool reads "False" as True
             options["action"] = argparse.BooleanOptionalAction
-        elif kind is tuple:                                 # may be given several times, each with several values
+        elif kind is tuple:                     # may be given several times, each with several values
             options.update(action="extend", nargs="+", metavar="str", default=list(f.default))
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
@@ -228,7 +251,9 @@ def config_defaults(argv):
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: there is none of this name. Choose from {', '.join(PRESETS)}")
     if inherited.get("preset", preset) != preset:
-        raise UserError(f"--preset {preset}: the checkpoint {known.ckpt} was made with --preset {inherited['preset']}. "
+        raise UserError(f"--preset {preset}: the checkpoint {known.ckpt} was made with "
+                        f"--preset {inherited['preset']}. "
                         "Leave the flag out: the model comes from the checkpoint")
-    own_data = {"val_json": "", "prepare": ""} if known.train_json else {}      # the preset's belong to the preset's data
+    # The preset's belong to the preset's data.
+    own_data = {"val_json": "", "prepare": ""} if known.train_json else {}
     return PRESETS[preset].get("", {}) | PRESETS[preset].get(known.stage, {}) | own_data | inherited

@@ -2,10 +2,12 @@
 
     python evaluate.py --ckpt runs/toy-finetune-x7 --json data/toy/test.json --image_dir data/toy/images
 
-The last reply of each conversation is the expected answer; earlier turns are given. Case, outer spaces and a final dot
-do not count. An example's "type" (or "category", as others call it), if it has one, makes a row of the table.
+The last reply of each conversation is the expected answer; earlier turns are given. Case, outer spaces and
+a final dot do not count. An example's "type" (or "category", as others call it), if it has one, makes a
+row of the table.
 
-A policy (stage vla) is scored on recorded episodes, or lets the toy robot act: `--ckpt runs/toy-vla-x7 --rollouts 100`.
+A policy (stage vla) is scored on recorded episodes, or lets the toy robot act:
+`--ckpt runs/toy-vla-x7 --rollouts 100`.
 """
 import json
 from dataclasses import dataclass
@@ -19,13 +21,17 @@ class EvaluateConfig:
     ckpt: str = knob("", "run folder or step folder")
     json: str = knob("", "examples with answers: LLaVA JSON or JSON lines")
     image_dir: str = knob("", "folder that the pictures' paths start from")
-    out: str = knob("", "where the scores go; empty = scores.json in the run folder. samples.png is drawn beside it")
+    out: str = knob(
+        "", "where the scores go; empty = scores.json in the run folder. samples.png is drawn beside it")
     batch_size: int = knob(50, "examples answered at once")
     max_new_tokens: int = knob(64, "longest answer", "tokens")
     max_examples: int = knob(0, "score only the first so many; 0 = all")
-    rollouts: int = knob(0, "vla, toy robot: let the policy act in so many unseen scenes of each kind", "episodes")
-    unnorm_key: str = knob("", "vla: the dataset whose units the actions are in; needed if the policy knows several")
-    wrong_instruction: bool = knob(False, "vla, toy robot: tell the policy another task than the one that counts")
+    rollouts: int = knob(
+        0, "vla, toy robot: let the policy act in so many unseen scenes of each kind", "episodes")
+    unnorm_key: str = knob(
+        "", "vla: the dataset whose units the actions are in; needed if the policy knows several")
+    wrong_instruction: bool = knob(
+        False, "vla, toy robot: tell the policy another task than the one that counts")
     blank_images: bool = knob(False, "replace every picture by a black one: does the model look at all?")
 
     def __post_init__(self):
@@ -64,7 +70,8 @@ def score(assistant, data, cfg):
     if assistant.caption_only:
         kept = [i for i in indices if len(images_of(data.row(i))) == 1]
         if len(kept) < len(indices):
-            print(f"left out {len(indices) - len(kept)} examples without exactly one picture: an align run only captions")
+            print(f"left out {len(indices) - len(kept)} examples without exactly one picture: "
+                  "an align run only captions")
         indices = kept
     results = []
     for start in tqdm(range(0, len(indices), cfg.batch_size), desc="scoring", disable=None):
@@ -91,7 +98,8 @@ def summary(results):
     def of(rows):
         return {"accuracy": sum(row["right"] for row in rows) / max(1, len(rows)), "count": len(rows)}
     types = sorted({row["type"] for row in results})
-    return of(results) | {"by_type": {kind: of([row for row in results if row["type"] == kind]) for kind in types}}
+    return of(results) | {"by_type": {kind: of([row for row in results if row["type"] == kind])
+                                      for kind in types}}
 
 
 def print_table(scores):
@@ -100,12 +108,14 @@ def print_table(scores):
 
 
 def contact_sheet(results, data, path, columns=6, rows=4, size=160, blank_images=False):
-    """Pictures with question, expected answer and given answer; green is right, red is wrong. Spread over the types."""
+    """Pictures with question, expected answer and given answer; green is right, red is wrong.
+    Spread over the types."""
     by_type = {}
     for result in results:
         by_type.setdefault(result["type"], []).append(result)
     longest = max(len(group) for group in by_type.values())
-    mixed = [group[i] for i in range(longest) for group in by_type.values() if i < len(group)][:columns * rows]
+    mixed = [group[i] for i in range(longest) for group in by_type.values()
+             if i < len(group)][:columns * rows]
     font, height = ImageFont.load_default(11), size + 90
     sheet = Image.new("RGB", (columns * (size + 12), -(-len(mixed) // columns) * height), "white")
     canvas = ImageDraw.Draw(sheet)
@@ -120,7 +130,8 @@ def contact_sheet(results, data, path, columns=6, rows=4, size=160, blank_images
         color = "darkgreen" if result["right"] else "firebrick"
         given = result["answer"] + ("" if result["right"] else f"\n(expected: {result['expected']})")
         answer = [line for text in given.split("\n") for line in wrap(text, font, size)][:4]
-        question = wrap(result["question"].replace("<image>", ""), font, size)[:(6 if names else 18) - len(answer)]
+        question = wrap(result["question"].replace("<image>", ""), font, size)[
+            :(6 if names else 18) - len(answer)]
         y_text = y + (size if names else 4) + 2
         for i, line in enumerate(question + answer):
             canvas.text((x, y_text + 13 * i), line, fill="black" if i < len(question) else color, font=font)
@@ -139,8 +150,8 @@ def wrap(text, font, width):
 
 
 def open_loop(assistant, data, cfg):
-    """Mean |error| of the policy's actions on recorded steps, per dimension, beside two policies that do not look:
-    always the mean action of the training data; always what was done one step before."""
+    """Mean |error| of the policy's actions on recorded steps, per dimension, beside two policies that do not
+    look: always the mean action of the training data; always what was done one step before."""
     wanted, key = read_actions(data)[:cfg.max_examples or None], assistant.policy.key(cfg.unnorm_key)
     got = []
     for start in tqdm(range(0, len(wanted), cfg.batch_size), desc="scoring", disable=None):
@@ -176,7 +187,8 @@ def rollouts(assistant, cfg, out):
     scores, shown = {}, []
     for kind, unseen in (("unseen layouts", False), ("unseen pairs", True)):
         results = toy_robot.rollout(policy, cfg.rollouts, unseen)
-        scores[kind] = {"success": sum(result["success"] for result in results) / len(results), "count": len(results)}
+        scores[kind] = {"success": sum(result["success"] for result in results) / len(results),
+                        "count": len(results)}
         print(f"{kind:<16} {scores[kind]['success']:7.1%}   of {len(results)}", flush=True)
         shown += results
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,15 +20,17 @@ class GenerateConfig:
     image: tuple = knob((), "picture files, in the order of the question; none = text only")
     prompt: str = knob("Describe the picture.", "the question; for a vla run the instruction")
     max_new_tokens: int = knob(256, "longest answer", "tokens")
-    unnorm_key: str = knob("", "vla: the dataset whose units the action is in; needed if the policy knows several")
+    unnorm_key: str = knob(
+        "", "vla: the dataset whose units the action is in; needed if the policy knows several")
 
     def __post_init__(self):
         if not self.ckpt:
-            raise UserError("--ckpt RUN is missing: a run folder that train.py wrote, such as runs/toy-finetune-x7")
+            raise UserError("--ckpt RUN is missing: a run folder that train.py wrote, "
+                            "such as runs/toy-finetune-x7")
 
 
 if __name__ == "__main__":
-    cfg = parse(GenerateConfig, description="Ask a trained model.")         # before torch is imported: a fast --help
+    cfg = parse(GenerateConfig, description="Ask a trained model.")  # before torch is imported: a fast --help
 
 import torch
 
@@ -45,7 +47,8 @@ class Assistant:
         self.cfg: Config = read_config(ckpt)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt)
-        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize, self.cfg.augment)
+        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize,
+                                                self.cfg.augment)
         folder = checkpoint.find(ckpt)
         saved = checkpoint.read_state(folder).get("actions")
         self.policy = ActionTokens.load(saved) if saved else None
@@ -60,17 +63,18 @@ class Assistant:
         return self.cfg.stage == "align"
 
     def dataset(self, path, image_dir):
-        return Conversations(path, image_dir, self.language, self.transforms, self.cfg.max_length, self.caption_only,
-                             ask=True, policy=self.policy)
+        return Conversations(path, image_dir, self.language, self.transforms, self.cfg.max_length,
+                             self.caption_only, ask=True, policy=self.policy)
 
     def example(self, question, images):
         """One question about already opened pictures (PIL, RGB) -> an example as Conversations yields it."""
         row = {"image": ["?"] * len(images),
-               "conversations": [{"from": "human", "value": (TAG + "\n") * (len(images) - question.count(TAG)) + question}]}
+               "conversations": [{"from": "human",
+                                  "value": (TAG + "\n") * (len(images) - question.count(TAG)) + question}]}
         pieces = to_pieces(row, self.language, self.caption_only, ask=True)
         ids = self.language.ids([piece.text for piece in pieces if piece.text])
-        input_ids, _ = assemble(pieces, ids, self.language.bos, self.transforms[0].patches, self.cfg.max_length,
-                                ask=True)
+        input_ids, _ = assemble(pieces, ids, self.language.bos, self.transforms[0].patches,
+                                self.cfg.max_length, ask=True)
         return {"input_ids": torch.tensor(input_ids),
                 "images": [[transform(image) for transform in self.transforms] for image in images]}
 
@@ -80,36 +84,39 @@ class Assistant:
         return [self.language.decode(ids) for ids in self.answer_ids(examples, max_new_tokens, streamer)]
 
     def act(self, pictures, instructions, key=""):
-        """Pictures (one list of PIL RGB per robot) and instructions -> actions (n, A) in physical units. Greedy.
+        """Pictures (one list of PIL RGB per robot) and instructions
+        -> actions (n, A) in physical units. Greedy.
 
         key: the dataset whose units are meant; not needed where the policy knows only one.
         """
-        return self.act_on([self.example(QUESTION.format(instruction=text.strip().rstrip(".").lower()), images)
-                            for images, text in zip(pictures, instructions, strict=True)], key)
+        return self.act_on([
+            self.example(QUESTION.format(instruction=text.strip().rstrip(".").lower()), images)
+            for images, text in zip(pictures, instructions, strict=True)], key)
 
     @torch.inference_mode()
     def act_on(self, examples, key=""):
         """Examples of one step each, as `dataset` yields them -> actions (n, A)."""
         key, policy = self.policy.key(key), self.policy
-        allowed = list(range(policy.end - BINS, policy.end))            # only actions: a policy can't answer in words
+        allowed = list(range(policy.end - BINS, policy.end))    # only actions: a policy can't answer in words
         ids = self.answer_ids(examples, policy.dimensions, min_new_tokens=policy.dimensions,
                               prefix_allowed_tokens_fn=lambda *_: allowed)
-        return policy.decode(ids, key)                                                                 # (n, A)
+        return policy.decode(ids, key)                                                              # (n, A)
 
     def answer_ids(self, examples, max_new_tokens=256, streamer=None, **options):
-        """-> one list of new ids per example, end token included. Prompts are padded on the left, so that all end where
-        the answers begin; the mask hides the padding, so an answer does not depend on its neighbours."""
+        """-> one list of new ids per example, end token included.
+        Prompts are padded on the left, so that all end where the answers begin;
+        the mask hides the padding, so an answer does not depend on its neighbours."""
         rows, longest = [], max(len(example["input_ids"]) for example in examples)
-        mask = torch.zeros(len(examples), longest, dtype=torch.long, device=self.device)                # (B, T)
+        mask = torch.zeros(len(examples), longest, dtype=torch.long, device=self.device)            # (B, T)
         for i, example in enumerate(examples):
             pixels = [torch.stack(views).to(self.device) for views in zip(*example["images"])]
-            embedded = self.model.embed(example["input_ids"][None].to(self.device), pixels)[0]         # (T_i, D)
+            embedded = self.model.embed(example["input_ids"][None].to(self.device), pixels)[0]      # (T_i, D)
             mask[i, longest - len(embedded):] = 1
             rows.append(torch.cat([embedded.new_zeros(longest - len(embedded), embedded.shape[1]), embedded]))
         stop = self.language.stop
         new = self.model.llm.generate(inputs_embeds=torch.stack(rows), attention_mask=mask, do_sample=False,
                                       max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop,
-                                      streamer=streamer, **options)                                           # (B, new)
+                                      streamer=streamer, **options)                                 # (B, new)
         answers = []
         for ids in new.tolist():
             answers.append(ids[:ids.index(stop) + 1] if stop in ids else ids)
@@ -121,14 +128,16 @@ def main(cfg):
     assistant = Assistant(cfg.ckpt)
     if assistant.caption_only:
         if len(cfg.image) != 1:
-            raise UserError(f"{cfg.ckpt} is an align run: it captions exactly one --image. Run the finetune stage to ask it")
+            raise UserError(f"{cfg.ckpt} is an align run: it captions exactly one --image. "
+                            "Run the finetune stage to ask it")
         print("(an align run captions whatever is asked; run the finetune stage to ask it)")
     images = [read_image(path) for path in cfg.image]
     if assistant.policy:
-        assistant.act([images], [cfg.prompt], cfg.unnorm_key)           # the first call is slow: memory, kernels
+        assistant.act([images], [cfg.prompt], cfg.unnorm_key)       # the first call is slow: memory, kernels
         began = time.perf_counter()
         action = assistant.act([images], [cfg.prompt], cfg.unnorm_key)[0]
-        print(" ".join(f"{value:.4f}" for value in action), f"({(time.perf_counter() - began) * 1000:.0f} ms)")
+        print(" ".join(f"{value:.4f}" for value in action),
+              f"({(time.perf_counter() - began) * 1000:.0f} ms)")
         return
     example = assistant.example(cfg.prompt, images)
     assistant.answer([example], cfg.max_new_tokens,

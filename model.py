@@ -1,7 +1,7 @@
 """Vision backbone(s) -> projector -> language model, and what each stage trains.
 
-Shapes: B examples, T positions, N pictures in the batch, P patches per picture, D_v vision width, D LLM width,
-V vocabulary, S supervised positions.
+Shapes: B examples, T positions, N pictures in the batch, P patches per picture, D_v vision width,
+D LLM width, V vocabulary, S supervised positions.
 """
 from functools import partial
 
@@ -15,7 +15,7 @@ from transformers.utils import logging
 from config import UserError
 from data import IGNORE, IMAGE
 
-logging.disable_progress_bar()                              # one bar per backbone and rank would bury what matters
+logging.disable_progress_bar()                      # one bar per backbone and rank would bury what matters
 
 PARTS = ("vision", "projector", "llm")
 PIECE = 4096                                                # supervised positions with logits at one time
@@ -38,14 +38,15 @@ def blocks(transformer):
 class VisionBackbone(nn.Module):
     """One or several vision transformers, their patch features side by side on the channel axis.
 
-    The features are the second-to-last block's, without the final norm: LLaVA and Prismatic found them to keep more
-    of the place and look of things than the last block's, which is trained for a summary of the whole picture.
+    The features are the second-to-last block's, without the final norm: LLaVA and Prismatic found them to
+    keep more of the place and look of things than the last block's, which is trained for a summary of the
+    whole picture.
     """
 
     def __init__(self, models):
         super().__init__()
         self.models = nn.ModuleList(models)
-        for model in models:                                # the last block's input is the feature: skip its work
+        for model in models:                            # the last block's input is the feature: skip its work
             blocks(model)[-1].forward = lambda states, *_, **__: states
         self.skip = [VISION_MODELS[model.config.model_type][1](model.config) for model in models]
         self.width = sum(model.config.hidden_size for model in models)                      # D_v
@@ -57,18 +58,19 @@ class VisionBackbone(nn.Module):
             fit = {"interpolate_pos_encoding": True} if pixels.shape[-1] != model.config.image_size \
                 and not model.config.model_type.startswith("dinov2") else {}
             states = model(pixels.to(model.dtype), output_hidden_states=True, **fit).hidden_states
-            features.append(states[-2][:, skip:])                                           # (N, P, D_v of one model)
+            features.append(states[-2][:, skip:])                                   # (N, P, D_v of one model)
         return torch.cat(features, dim=-1)                                                  # (N, P, D_v)
 
 
 def make_projector(kind, vision_width, width):
-    """(N, P, D_v) -> (N, P, D). linear and gelu-mlp as in LLaVA and LLaVA-1.5, fused-gelu-mlp as in Prismatic."""
+    """(N, P, D_v) -> (N, P, D).
+    linear and gelu-mlp as in LLaVA and LLaVA-1.5, fused-gelu-mlp as in Prismatic."""
     if kind == "linear":
         return nn.Sequential(nn.Linear(vision_width, width))
     if kind == "gelu-mlp":
         return nn.Sequential(nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width))
-    return nn.Sequential(nn.Linear(vision_width, 4 * vision_width), nn.GELU(), nn.Linear(4 * vision_width, width),
-                         nn.GELU(), nn.Linear(width, width))
+    return nn.Sequential(nn.Linear(vision_width, 4 * vision_width), nn.GELU(),
+                         nn.Linear(4 * vision_width, width), nn.GELU(), nn.Linear(width, width))
 
 
 class VLM(nn.Module):
@@ -78,7 +80,8 @@ class VLM(nn.Module):
         self.trained = ()
 
     def set_trained(self, names):
-        """Only the named parts get gradients (see TRAINS in config.py); the others also stay in eval mode: no dropout."""
+        """Only the named parts get gradients (see TRAINS in config.py);
+        the others also stay in eval mode: no dropout."""
         self.trained = {name.split(".")[0] for name in names}
         self.requires_grad_(False)
         for name in names:
@@ -89,7 +92,8 @@ class VLM(nn.Module):
             else:
                 getattr(self, name).requires_grad_(True)
         if "vision" in self.trained:
-            # The last block, the final norm and the head come after the features: no gradient, so nothing to train.
+            # The last block, the final norm and the head come after the features:
+            # no gradient, so nothing to train.
             used = used_parameters(self.vision)
             for parameter in self.vision.parameters():
                 parameter.requires_grad_(parameter in used)
@@ -105,8 +109,8 @@ class VLM(nn.Module):
     def use_gradient_checkpointing(self):
         """Recompute the LLM's activations in backward instead of keeping them.
 
-        Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, to drop
-        nothing, yet its activations are needed to reach the projector.
+        Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, to
+        drop nothing, yet its activations are needed to reach the projector.
         """
         for block in blocks(self.llm.base_model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -130,11 +134,11 @@ class VLM(nn.Module):
         return x.masked_scatter(here[..., None], patches.to(x.dtype))                       # (B, T, D)
 
     def forward(self, input_ids, labels, pixel_values):
-        """-> the summed cross-entropy of all supervised tokens, () in fp32, and the likeliest token at each of their
-        places, (S,). Patches are context, never targets.
+        """-> the summed cross-entropy of all supervised tokens, () in fp32, and the likeliest token at each
+        of their places, (S,). Patches are context, never targets.
 
-        No attention mask: padding stands on the right and attention is causal, so no real token ever sees it. Without
-        a mask the attention kernel takes its fast causal path.
+        No attention mask: padding stands on the right and attention is causal, so no real token ever sees it.
+        Without a mask the attention kernel takes its fast causal path.
         """
         x = self.embed(input_ids, pixel_values)                                             # (B, T, D)
         states = self.llm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state    # (B, T, D)
@@ -163,7 +167,7 @@ def used_parameters(vision):
     return {parameter for parameter, grad in zip(parameters, grads) if grad is not None}
 
 
-# -- loading ---------------------------------------------------------------------------------------------------------
+# -- loading -------------------------------------------------------------------------------------------------
 
 def load_vision(names, dtype=torch.float32):
     """Folder or hub id, or several joined by commas -> VisionBackbone."""
@@ -171,24 +175,27 @@ def load_vision(names, dtype=torch.float32):
     for name in names.split(","):
         kind = load(AutoConfig, name, "--vision_backbone").model_type
         if kind not in VISION_MODELS:
-            raise UserError(f"--vision_backbone {name} is of type {kind!r}. Known types: {', '.join(VISION_MODELS)}")
+            raise UserError(f"--vision_backbone {name} is of type {kind!r}. "
+                            f"Known types: {', '.join(VISION_MODELS)}")
         models.append(load(VISION_MODELS[kind][0], name, "--vision_backbone", dtype=dtype))
     return VisionBackbone(models)
 
 
 def load_llm(name, dtype=torch.float32):
-    """Folder or hub id -> causal language model. Refuses the few that do more to a logit than one matrix product."""
+    """Folder or hub id -> causal language model.
+    Refuses the few that do more to a logit than one matrix product."""
     llm = load(AutoModelForCausalLM, name, "--llm_backbone", dtype=dtype)
     for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(llm.config, setting, None) not in (None, 1, 1.0):
-            raise UserError(f"--llm_backbone {name} changes its logits ({setting}); such models are not supported")
+            raise UserError(f"--llm_backbone {name} changes its logits ({setting}); "
+                            "such models are not supported")
     return llm
 
 
 def load(cls, name, flag, **options):
     try:
         return cls.from_pretrained(name, **options)
-    except Exception as e:                                  # transformers raises many kinds here; each means the same
+    except Exception as e:                          # transformers raises many kinds here; each means the same
         raise UserError(f"{flag} {name} can't be loaded ({type(e).__name__}: {str(e).splitlines()[0]}). "
                         "Give a Hugging Face folder, or a hub id if this machine reaches the hub") from e
 

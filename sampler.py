@@ -1,14 +1,16 @@
 """Which examples make up which batch.
 
-A global batch holds one modality: all its examples have pictures, or none has. (A batch of both would pad short
-pictures' questions to long texts, and a rank without a picture would leave the projector out of its backward.)
-Inside a global batch lie examples of like length, so little is padded.
+A global batch holds one modality: all its examples have pictures, or none has. (A batch of both would pad
+short pictures' questions to long texts, and a rank without a picture would leave the projector out of its
+backward.) Inside a global batch lie examples of like length, so little is padded.
 
-The order of the global batches depends on the dataset, the seed, the epoch and the global batch size, and on nothing
-else. World size and micro-batch size only cut a global batch into pieces: 8 GPUs see the same batches as one.
+The order of the global batches depends on the dataset, the seed, the epoch and the global batch size, and
+on nothing else. World size and micro-batch size only cut a global batch into pieces: 8 GPUs see the same
+batches as one.
 
-Worked example (also a test): lengths 5 3 9 4 2, pictures on the first three, global batch 2, window 1. The three
-picture examples fill two batches, so one of them is seen twice; the two texts fill one. Three batches, in some order.
+Worked example (also a test): lengths 5 3 9 4 2, pictures on the first three, global batch 2, window 1.
+The three picture examples fill two batches, so one of them is seen twice; the two texts fill one.
+Three batches, in some order.
 """
 import numpy as np
 
@@ -18,17 +20,19 @@ class SplitModalitySampler:
 
     lengths                (n,) positions of each example, patches included
     has_image              (n,) bool
-    global_batch_size      examples per optimizer step; must be a multiple of per_device_batch_size * world_size
+    global_batch_size      examples per optimizer step;
+                           must be a multiple of per_device_batch_size * world_size
     per_device_batch_size  examples per micro-batch
     window                 examples are sorted by length over this many global batches; 0 = like 1
 
-    Every example comes at least once an epoch. Where a modality does not fill its last batch, examples of the same
-    modality, from the start of its shuffled order, are seen again. `len()` is the number of micro-batches that the
-    next iteration yields. The idea is from LLaVA and Prismatic (arXiv 2402.07865, section 3).
+    Every example comes at least once an epoch. Where a modality does not fill its last batch, examples of
+    the same modality, from the start of its shuffled order, are seen again. `len()` is the number of
+    micro-batches that the next iteration yields. The idea is from LLaVA and Prismatic
+    (arXiv 2402.07865, section 3).
     """
 
-    def __init__(self, lengths, has_image, *, global_batch_size, per_device_batch_size, world_size, rank, seed,
-                 window=64):
+    def __init__(self, lengths, has_image, *, global_batch_size, per_device_batch_size, world_size, rank,
+                 seed, window=64):
         for name, value, least in (("global_batch_size", global_batch_size, 1), ("world_size", world_size, 1),
                                    ("per_device_batch_size", per_device_batch_size, 1), ("seed", seed, 0),
                                    ("window", window, 0)):
@@ -43,13 +47,14 @@ class SplitModalitySampler:
         self.lengths = np.asarray(lengths)
         self.has_image = np.asarray(has_image, dtype=bool)
         if self.lengths.ndim != 1 or len(self.lengths) == 0 or self.lengths.shape != self.has_image.shape:
-            raise ValueError(f"lengths {self.lengths.shape} and has_image {self.has_image.shape} must be two arrays "
-                             "of the same length, at least 1")
+            raise ValueError(f"lengths {self.lengths.shape} and has_image {self.has_image.shape} "
+                             "must be two arrays of the same length, at least 1")
         self.global_batch_size, self.per_device_batch_size = global_batch_size, per_device_batch_size
         self.world_size, self.rank, self.seed, self.window = world_size, rank, seed, window
         self.accumulation = global_batch_size // per_step   # micro-batches per rank and optimizer step
         pictures = int(self.has_image.sum())
-        self.batches_per_epoch = sum(-(-n // global_batch_size) for n in (pictures, len(self.lengths) - pictures))
+        self.batches_per_epoch = sum(-(-n // global_batch_size)
+                                     for n in (pictures, len(self.lengths) - pictures))
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch):
@@ -58,7 +63,8 @@ class SplitModalitySampler:
     def set_start(self, step):
         """Begin at this global batch of the epoch. Nothing is read to get there."""
         if not 0 <= step <= self.batches_per_epoch:
-            raise ValueError(f"start {step} is none of 0 to {self.batches_per_epoch}, the batches of an epoch")
+            raise ValueError(f"start {step} is none of 0 to {self.batches_per_epoch}, "
+                             "the batches of an epoch")
         self.start = step
 
     def __len__(self):
@@ -83,14 +89,15 @@ class SplitModalitySampler:
         return batches
 
     def _sorted_in_windows(self, order):
-        """Within each window (within each batch, if window is 0: that only decides who shares a micro-batch)."""
+        """Within each window (within each batch, if window is 0:
+        that only decides who shares a micro-batch)."""
         batch = np.arange(len(order)) // (self.global_batch_size * max(self.window, 1))
         return order[np.lexsort((-self.lengths[order], batch))]
 
     def __iter__(self):
         for batch in self.global_batches()[self.start:]:
-            # Longest first, so neighbours are alike: cut into micro-batches, then deal these to the ranks back and
-            # forth (0 1 2 3 3 2 1 0), so that no rank gets the longer one each time.
+            # Longest first, so neighbours are alike: cut into micro-batches, then deal these to the ranks
+            # back and forth (0 1 2 3 3 2 1 0), so that no rank gets the longer one each time.
             micro = batch.reshape(self.accumulation, self.world_size, self.per_device_batch_size)
             for i in range(self.accumulation):
                 place = self.rank if i % 2 == 0 else self.world_size - 1 - self.rank

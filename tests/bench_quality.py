@@ -1,4 +1,6 @@
-"""Does grouping by length cost quality? The same number of examples in random order and grouped, over three seeds.
+"""Does grouping by length cost quality?
+
+The same number of examples in random order and grouped, over three seeds.
 
     python tests/bench_quality.py runs/toy-align-x7         # about ten minutes on two cores
 
@@ -15,12 +17,14 @@ SEEDS, WINDOWS = (1, 2, 3), {"random order": 0, "grouped by length": 64}
 
 
 def accuracy_and_padding(ckpt, seed, window, folder):
-    subprocess.run([sys.executable, "train.py", "--stage", "finetune", "--ckpt", ckpt, "--epochs", "1", "--seed", str(seed),
-                    "--length_window", str(window), "--run_root", folder, "--run_id", f"{window}-{seed}"],
+    subprocess.run([sys.executable, "train.py", "--stage", "finetune", "--ckpt", ckpt, "--epochs", "1",
+                    "--seed", str(seed), "--length_window", str(window), "--run_root", folder,
+                    "--run_id", f"{window}-{seed}"],
                    cwd=ROOT, check=True, capture_output=True)
     run = Path(folder) / f"{window}-{seed}"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    padding = sum(step["padding"] * step["positions"] for step in steps) / sum(step["positions"] for step in steps)
+    padding = (sum(step["padding"] * step["positions"] for step in steps)
+               / sum(step["positions"] for step in steps))
     return json.loads((run / "val.json").read_text())["accuracy"], padding
 
 

@@ -4,9 +4,9 @@
     python tests/bench_scaling.py --ranks 1,2,4,8 --size 0.5B       # one GPU each
 
 Runs train.py under torchrun on the world of bench_train.py, with one micro-batch for each process and step.
-Tokens are those that are not padding, over all processes. `all-reduce` is rank zero's share of the step's time,
-from --profile; it runs while backward goes on, and holds the waiting for a slower rank. Where there are more
-processes than cores, the most that can be reached is the number of cores.
+Tokens are those that are not padding, over all processes. `all-reduce` is rank zero's share of the step's
+time, from --profile; it runs while backward goes on, and holds the waiting for a slower rank. Where there are
+more processes than cores, the most that can be reached is the number of cores.
 """
 import argparse
 import json

@@ -80,8 +80,8 @@ def start(name, folder, ranks, *flags):
         process.kill()
         process.wait()
     worked = step["positions"] * (1 - step["padding"]) / step["tokens_per_second"] * (1 - step["data_wait"])
-    print(f"{name:<24}{took - worked:8.1f} s, CPU time {busy:5.1f} s; {sum(own.values()) / ranks:.2f} GB a rank",
-          flush=True)
+    print(f"{name:<24}{took - worked:8.1f} s, CPU time {busy:5.1f} s; "
+          f"{sum(own.values()) / ranks:.2f} GB a rank", flush=True)
 
 
 def main(args):

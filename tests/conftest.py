@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(1)                                    # tiny tensors: threads would only wait for each other
+torch.set_num_threads(1)                                # tiny tensors: threads would only wait for each other
 
 
 def pytest_addoption(parser):

@@ -43,11 +43,13 @@ def learned(byte_level):
 
 def make_tokenizer(kind, add_bos=None, chat=False, filler=0, **special):
     """add_bos: a BOS in front of each text; None = as the kind does it (only Llama does).
-    chat: with <|im_start|> and <|im_end|>, whatever the kind. filler: more words. special: instead of those in KINDS."""
+    chat: with <|im_start|> and <|im_end|>, whatever the kind.
+    filler: more words. special: instead of those in KINDS."""
     llama, special = kind == "llama", {**KINDS[kind], **special}
     control = CONTROL[kind] + [token for token in CHAT if chat and token not in CONTROL[kind]]
     words, merges = learned(byte_level=not llama)
-    words = control + [f"<0x{byte:02X}>" for byte in range(256)] * llama + words + [f"<filler {i}>" for i in range(filler)]
+    words = (control + [f"<0x{byte:02X}>" for byte in range(256)] * llama + words
+             + [f"<filler {i}>" for i in range(filler)])
     vocabulary = {word: i for i, word in enumerate(words)}
     if llama:                                               # what it can't spell, it writes in bytes
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True,

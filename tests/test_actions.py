@@ -45,7 +45,8 @@ def test_ids_are_those_of_openvla_with_llama():
     policy = ActionTokens(32000, UNIT)
     assert policy.encode([[-1.0], [-0.999], [0.0], [0.5], [0.999], [1.0], [7.0]], "arm").ravel().tolist() == [
         31999, 31999, 31872, 31808, 31745, 31744, 31744]
-    assert policy.decode([[31999], [31872], [31744]], "arm").ravel() == pytest.approx([-254 / 255, 0.0, 254 / 255])
+    assert policy.decode([[31999], [31872], [31744]], "arm").ravel() == pytest.approx(
+        [-254 / 255, 0.0, 254 / 255])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,11 +58,13 @@ def test_every_bin_survives_the_round_trip_and_is_no_control_token(kind):
     centers = policy.decode(ids[:, None], "arm")
     again = policy.encode(centers, "arm").ravel()
     assert (again[1:] == ids[1:]).all() and again[0] == ids[1]      # the last edge has no center of its own
-    assert np.abs(policy.decode(policy.encode(centers + 0.003, "arm"), "arm") - centers).max() < 2 / 255 + 1e-9
+    assert (np.abs(policy.decode(policy.encode(centers + 0.003, "arm"), "arm") - centers).max()
+            < 2 / 255 + 1e-9)
 
 
 def test_control_tokens_at_the_end_of_the_vocabulary_are_left_alone():
-    """GPT-2's end of text is its last id. With id = vocabulary size - bin, the end and a far left would be one."""
+    """GPT-2's end of text is its last id.
+    With id = vocabulary size - bin, the end and a far left would be one."""
     class Gpt2:
         vocab_size, all_special_ids = 50257, [50256]
 
@@ -84,7 +87,8 @@ def test_statistics_are_openvlas_and_hardly_moving_dimensions_are_named(capsys):
     of = compute_statistics(actions, 7, keep=(2,))
     assert of["action"]["q01"] == pytest.approx([0.1, 0.5 - 5e-7, 0.0])
     assert of["action"]["q99"] == pytest.approx([9.9, 0.5 + 5e-7, 1.0])
-    assert of["action"]["min"] == [0, 0.5, 0] and of["action"]["max"] == [10, 0.5, 1] and of["action"]["mean"][0] == 5
+    assert (of["action"]["min"] == [0, 0.5, 0] and of["action"]["max"] == [10, 0.5, 1]
+            and of["action"]["mean"][0] == 5)
     assert of["action"]["mask"] == [True, True, False]
     assert (of["num_transitions"], of["num_trajectories"]) == (101, 7)
     assert "action dimension 1 hardly moves" in capsys.readouterr().err
@@ -116,7 +120,8 @@ def test_an_episode_step_is_an_example_whose_reply_is_its_action(tmp_path, kind)
     lengths, has_image = data.lengths()
     assert lengths[5] == len(example["input_ids"]) and has_image.all()
     ask = dataset(tmp_path, episodes(), data.language, policy=policy, ask=True)
-    assert example["input_ids"].tolist() == ask[5]["input_ids"].tolist() + learned     # training = inference + action
+    # Training = inference + action.
+    assert example["input_ids"].tolist() == ask[5]["input_ids"].tolist() + learned
     assert ask[5]["input_ids"].tolist().count(data_module.IMAGE) == PATCHES
 
 
@@ -124,8 +129,10 @@ def test_an_episode_step_is_an_example_whose_reply_is_its_action(tmp_path, kind)
     (dict(instruction=3), "'instruction' must be a text, found '3'"),
     (dict(steps=[]), "'steps' must be a list with at least one step"),
     (dict(steps=[{"action": [1]}]), "step 0 must have a file name, or a list of them, under 'image'"),
-    (dict(steps=[{"image": "a.png", "action": [1, 2]}]), "step 0: 'action' must be 3 finite numbers, found [1, 2]"),
-    (dict(steps=[{"image": "a.png", "action": [1, 2, float("nan")]}]), "must be 3 finite numbers, found [1, 2, nan]"),
+    (dict(steps=[{"image": "a.png", "action": [1, 2]}]),
+     "step 0: 'action' must be 3 finite numbers, found [1, 2]"),
+    (dict(steps=[{"image": "a.png", "action": [1, 2, float("nan")]}]),
+     "must be 3 finite numbers, found [1, 2, nan]"),
     (dict(steps=[{"image": "a.png", "action": "left"}]), "must be 3 finite numbers, found left"),
 ])
 def test_a_bad_episode_is_named(tmp_path, change, message):
@@ -169,13 +176,15 @@ def test_the_score_is_the_error_in_physical_units(tmp_path):
     predicted = targets[targets != IGNORE].clone()
     assert policy.metrics(policy.score(batch, predicted).tolist()) == {
         "accuracy": 1.0, "accuracies": [1.0, 1.0, 1.0], "l1": [0.0, 0.0, 0.0]}
-    predicted[1] += 10                                      # the second dimension of the first example, ten bins lower
+    predicted[1] += 10                          # the second dimension of the first example, ten bins lower
     metrics = policy.metrics(policy.score(batch, predicted).tolist())
     of = policy.statistics["d"]["action"]
-    assert metrics["accuracy"] == pytest.approx(8 / 9) and metrics["accuracies"] == pytest.approx([1, 2 / 3, 1])
+    assert (metrics["accuracy"] == pytest.approx(8 / 9)
+            and metrics["accuracies"] == pytest.approx([1, 2 / 3, 1]))
     assert metrics["l1"] == pytest.approx([0, 10 / 255 * (of["q99"][1] - of["q01"][1]) / 3, 0])
     predicted[0] += 1
-    assert policy.metrics(policy.score(batch, predicted).tolist())["accuracies"] == pytest.approx([2 / 3, 2 / 3, 1])
+    assert (policy.metrics(policy.score(batch, predicted).tolist())["accuracies"]
+            == pytest.approx([2 / 3, 2 / 3, 1]))
 
 
 # ---- the stage ----
@@ -207,19 +216,22 @@ def base(tmp_path_factory):
 
 
 def train_robot(robot, base, root, *flags, **how):
-    return run_train(robot, root, "--ckpt", str(base), "--train_json", str(robot / "lamp.json"), "--learning_rate",
-                     "1e-3", *flags, stage="vla", **how)
+    return run_train(robot, root, "--ckpt", str(base), "--train_json", str(robot / "lamp.json"),
+                     "--learning_rate", "1e-3", *flags, stage="vla", **how)
 
 
 def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, tmp_path):
     one, run, _ = train_robot(robot, base, tmp_path / "1", "--max_steps", "20")
-    two, _, _ = train_robot(robot, base, tmp_path / "2", "--max_steps", "20", "--per_device_batch_size", "2", ranks=2)
+    two, _, _ = train_robot(robot, base, tmp_path / "2", "--max_steps", "20", "--per_device_batch_size", "2",
+                            ranks=2)
     for got, want in zip(two, one, strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4) and got["tokens"] == want["tokens"] == 8 * 3
+        assert (got["loss"] == pytest.approx(want["loss"], rel=1e-4)
+                and got["tokens"] == want["tokens"] == 8 * 3)
         assert len(got["l1"]) == 2
     assert one[-1]["loss"] < 0.8 * one[0]["loss"]
     state = json.loads((run / "step-00000020" / "state.json").read_text())
-    assert state["actions"]["bins"] == 256 and state["actions"]["statistics"]["lamp"]["num_trajectories"] == 12
+    assert (state["actions"]["bins"] == 256
+            and state["actions"]["statistics"]["lamp"]["num_trajectories"] == 12)
     assert json.loads((run / "dataset_statistics.json").read_text()) == state["actions"]["statistics"]
 
     from generate import Assistant
@@ -231,7 +243,8 @@ def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, t
     assert (actions >= low).all() and (actions <= high).all()
     for i in range(3):                                      # batched = one by one
         assert (assistant.act(images[i:i + 1], ["show it"])[0] == actions[i]).all()
-    command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png", "--prompt", "Show it."]
+    command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
+               "--prompt", "Show it."]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.fullmatch(rf"{actions[1][0]:.4f} {actions[1][1]:.4f} \(\d+ ms\)\n", printed)
 
@@ -251,15 +264,18 @@ def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, b
 
 
 def test_the_check_of_a_file_understands_episodes(robot, capsys):
-    cfg = data_module.CheckConfig(check=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
-                                  vision_backbone=str(ROOT / "toy/vit"), llm_backbone=str(ROOT / "toy/llm"))
+    cfg = data_module.CheckConfig(
+        check=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
+        vision_backbone=str(ROOT / "toy/vit"), llm_backbone=str(ROOT / "toy/llm"))
     assert data_module.check(cfg) == 0
     printed = capsys.readouterr().out
-    assert '"num_trajectories": 12' in printed and "48 examples, 0 wrong" in printed and "to show it?" in printed
+    assert ('"num_trajectories": 12' in printed and "48 examples, 0 wrong" in printed
+            and "to show it?" in printed)
 
 
 def test_a_continued_policy_is_the_one_that_was_never_stopped(robot, base, tmp_path):
-    """Augmentation included: a picture's crop depends on seed, epoch and example, not on how often a run began."""
+    """Augmentation included:
+    a picture's crop depends on seed, epoch and example, not on how often a run began."""
     flags = ("--max_steps", "8", "--save_every", "7", "--augment")
     _, run, _ = train_robot(robot, base, tmp_path, *flags)
     want = weights(run)
@@ -296,7 +312,8 @@ def test_only_the_named_parts_train(robot, base, tmp_path):
 
 def test_a_mixture_repeats_a_file_within_an_epoch(robot, base, tmp_path):
     files = f"{robot / 'lamp.json'},{robot / 'lamp.json'}"
-    metrics, _, printed = train_robot(robot, base, tmp_path, "--train_json", files, "--mixture", "3,1", "--max_steps", "2")
+    metrics, _, printed = train_robot(robot, base, tmp_path, "--train_json", files, "--mixture", "3,1",
+                                      "--max_steps", "2")
     assert len(metrics) == 2 and "192 examples" in printed and "24 an epoch" in printed
 
 

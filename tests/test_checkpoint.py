@@ -29,8 +29,8 @@ def save(run, step, keep=1, **state):
 # ---- killed while it saves ----
 
 def killed_at(line, function):
-    """Runs it in a child that ends, as after SIGKILL, before the given line of checkpoint.py or of what removes
-    folders. -> was it stopped?"""
+    """Runs it in a child that ends, as after SIGKILL, before the given line of checkpoint.py or of what
+    removes folders. -> was it stopped?"""
     left = [line]
 
     def trace(frame, event, _):
@@ -55,8 +55,8 @@ def killed_at(line, function):
 
 
 def test_killed_at_any_line_of_saving_the_old_or_the_new_one_is_whole(tmp_path, monkeypatch, request):
-    """At every third line (with --kills 100, each) that runs while step 2 is saved, step 1 removed, and the rest
-    of an older kill tidied up."""
+    """At every third line (with --kills 100, each) that runs while step 2 is saved, step 1 removed, and the
+    rest of an older kill tidied up."""
     stride = 1 if request.config.getoption("--kills") >= 100 else 3
     monkeypatch.setattr(os, "fsync", lambda _: None)        # slow, and only a power cut would show it
     line, seen, run = 0, set(), tmp_path / "r"

@@ -381,8 +381,8 @@ def test_kept_lengths_tell_16_patches_and_64_positions_from_1_patch_and_664(tmp_
 
 
 def private_memory():
-    """Bytes that this process alone has written into memory. Pages of a mapped data file are not among them: they
-    are the system's, and shared with whoever maps it too."""
+    """Bytes that this process alone has written into memory. Pages of a mapped data file are not among them:
+    they are the system's, and shared with whoever maps it too."""
     total, ours = 0, True
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if not line.split()[0].endswith(":"):               # a mapping's head; its file stands at the end

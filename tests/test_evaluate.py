@@ -36,7 +36,8 @@ def rows_of(*types):
 
 
 def scored(rows, answers):
-    assistant = SimpleNamespace(caption_only=False, answer=lambda examples, _: [answers.pop(0) for _ in examples])
+    assistant = SimpleNamespace(caption_only=False,
+                                answer=lambda examples, _: [answers.pop(0) for _ in examples])
     return score(assistant, Recorded(rows), EvaluateConfig(ckpt="x", json="x", batch_size=2))
 
 
@@ -49,7 +50,8 @@ def test_each_type_has_its_row_under_either_name():
     results = scored(rows_of({"type": "shape", "category": "z"}, {"category": "z"}, {}, {"type": "shape"}),
                      ["a star", "a star", "no", "no"])
     assert summary(results) == {"accuracy": 0.5, "count": 4, "by_type": {
-        "all": {"accuracy": 0.0, "count": 1}, "shape": {"accuracy": 0.5, "count": 2}, "z": {"accuracy": 1.0, "count": 1}}}
+        "all": {"accuracy": 0.0, "count": 1}, "shape": {"accuracy": 0.5, "count": 2},
+        "z": {"accuracy": 1.0, "count": 1}}}
 
 
 def test_a_last_turn_of_the_human_is_no_expected_answer():
@@ -59,7 +61,8 @@ def test_a_last_turn_of_the_human_is_no_expected_answer():
         scored(rows, ["a star"])
 
 
-@pytest.mark.parametrize("answer, right, color", [("", True, ""), ("yes", True, "green"), ("no", False, "red")])
+@pytest.mark.parametrize("answer, right, color", [
+    ("", True, ""), ("yes", True, "green"), ("no", False, "red")])
 def test_on_the_sheet_only_the_answer_has_a_color(tmp_path, answer, right, color):
     """Of a question of several lines, too."""
     result = {"index": 0, "type": "all", "question": ASK, "expected": "yes", "answer": answer, "right": right}

@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from data import BadExample
 from test_train import (ROOT, SHORT, assert_bit_for_bit, assert_same_curve,  # noqa: F401
-                        assert_same_up_to_rounding, one_rank, run_train, train_command, train_here, weights, world)
+                        assert_same_up_to_rounding, one_rank, run_train, train_command,
+                        train_here, weights, world)
 
 @pytest.fixture(scope="session")
 def flags(tmp_path_factory):
-    """16 steps, one epoch is 12. The language model has dropout: the random state of each rank decides the losses."""
+    """16 steps, one epoch is 12.
+    The language model has dropout: the random state of each rank decides the losses."""
     folder = tmp_path_factory.mktemp("llm")
     shutil.copytree(ROOT / "toy" / "llm", folder, dirs_exist_ok=True)
     settings = json.loads((folder / "config.json").read_text())
@@ -72,8 +74,9 @@ def lose_steps_after(run, root, step):
 
 
 def start(world, root, *flags, ranks=2, stage="finetune", **options):
-    return subprocess.Popen(train_command(world, root, *flags, ranks=ranks, stage=stage), cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.Popen(train_command(world, root, *flags, ranks=ranks, stage=stage), cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
 def children(pid):
@@ -105,7 +108,8 @@ def wait_for_step(root, step, process):
 def assert_same_run(root, undisturbed):
     lines = [json.loads(line) for line in (Path(root) / "r" / "metrics.jsonl").read_text().splitlines()]
     same = ("step", "epoch", "loss", "grad_norm", "lr", "tokens", "positions", "modality")
-    assert [[line[key] for key in same] for line in lines] == [[line[key] for key in same] for line in undisturbed[0]]
+    assert ([[line[key] for key in same] for line in lines]
+            == [[line[key] for key in same] for line in undisturbed[0]])
     want, got = weights(undisturbed[1]), weights(Path(root) / "r")
     assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
 
@@ -172,7 +176,8 @@ def test_ctrl_c_saves_and_ends_with_success_and_the_run_continues(world, one_ran
     command = train_command(world, tmp_path, *SHORT, "--num_workers", "1")
     command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # sums in one order
+                               start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # sums in one order
     wait_for_step(tmp_path, 2, process)
     began = time.time()
     os.killpg(process.pid, signal.SIGINT)
@@ -255,7 +260,8 @@ def test_another_layout_continues_it_up_to_rounding(world, one_rank, tmp_path):
 def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(world, one_rank, tmp_path):
     lose_steps_after(one_rank[1], tmp_path, 10)
     command = train_command(world, tmp_path, *SHORT)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))   # no file larger than 1 MB
+    # No file larger than 1 MB.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=limit)
     said = f"error (rank 0): the checkpoint of step 20 can't be written to {tmp_path / 'r'} ("
@@ -272,17 +278,20 @@ def test_skip_bad_examples_replaces_and_counts_them(world, tmp_path, monkeypatch
     (world / "three_bad.json").write_text(json.dumps(rows))
     flags = ("--train_json", str(world / "three_bad.json"), "--max_steps", "12", "--num_workers", "1")
     metrics, _ = train_here(monkeypatch, world, tmp_path, *flags, "--skip_bad_examples")
-    assert 3 <= sum(line["replaced"] for line in metrics) <= 6      # some come twice, where a last batch is filled up
+    # Some come twice, where a last batch is filled up.
+    assert 3 <= sum(line["replaced"] for line in metrics) <= 6
     with pytest.raises(BadExample, match=f"id='{bad[2]['id']}': 'conversations' must be a list"):
         train_here(monkeypatch, world, tmp_path / "strict", *flags)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path):
     metrics, run, printed = run_train(world, tmp_path, "--max_steps", "9", "--learning_rate", "1e30",
-                                      "--warmup_ratio", "0", "--save_every", "1", "--keep", "9", ranks=2, ok=False)
+                                      "--warmup_ratio", "0", "--save_every", "1", "--keep", "9",
+                                      ranks=2, ok=False)
     assert "step 2: loss nan, gradient norm nan. The update was not made, checkpoints are" in printed, printed
     assert [folder.name for folder in run.glob("step-*")] == ["step-00000001"] and len(metrics) == 1
-    ids = re.search("rank 0 had the examples (.*); rank 1 had the examples (.*). Look at them", printed).groups()
+    ids = re.search("rank 0 had the examples (.*); rank 1 had the examples (.*). Look at them",
+                    printed).groups()
     first, second = (names.split(", ") for names in ids)
     assert len(first) == len(second) == 4 and first != second
     assert set(first + second) <= {row["id"] for row in json.loads((world / "finetune.json").read_text())}
@@ -309,8 +318,8 @@ def test_two_machines_find_each_other_also_after_a_rank_has_died(world, flags, u
         command[command.index("--rdzv_endpoint=localhost:0")] = f"--rdzv_endpoint=localhost:{port}"
         command[command.index("--master_port=0")] = "--nnodes=2"
         command.insert(command.index("--nnodes=2"), "--max_restarts=3")
-        agents.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"}))
+        agents.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                       text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}))
     wait_for_step(tmp_path, 5, agents[0])
     os.kill(children(agents[random.randrange(2)].pid)[0], signal.SIGKILL)
     printed = [agent.communicate(timeout=150)[0] for agent in agents]
@@ -319,10 +328,11 @@ def test_two_machines_find_each_other_also_after_a_rank_has_died(world, flags, u
 
 
 def test_keep_removes_the_oldest_but_not_the_ends_of_epochs(world, tmp_path, monkeypatch):
-    metrics, run = train_here(monkeypatch, world, tmp_path, "--epochs", "2", "--save_every", "5", "--keep", "1",
-                              "--keep_epochs", stage="align")
+    metrics, run = train_here(monkeypatch, world, tmp_path, "--epochs", "2", "--save_every", "5",
+                              "--keep", "1", "--keep_epochs", stage="align")
     ends = len(metrics) // 2
-    assert sorted(int(folder.name[5:]) for folder in run.glob("step-*")) == sorted({ends, len(metrics) // 5 * 5, 2 * ends})
+    assert (sorted(int(folder.name[5:]) for folder in run.glob("step-*"))
+            == sorted({ends, len(metrics) // 5 * 5, 2 * ends}))
 
 
 def test_a_run_folder_that_cant_be_written_is_an_error(world, tmp_path):
@@ -341,7 +351,8 @@ def memory(pid):
 
 
 def test_memory_stays_flat_over_epochs(world, tmp_path):
-    process = start(world, tmp_path, "--epochs", "20", "--num_workers", "1", "--save_every", "1000", stage="align", ranks=1)
+    process = start(world, tmp_path, "--epochs", "20", "--num_workers", "1", "--save_every", "1000",
+                    stage="align", ranks=1)
     steps = 20 * 8
     wait_for_step(tmp_path, steps // 4, process)
     early = memory(process.pid)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig,
-                          Dinov2WithRegistersModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          LlavaConfig, LlavaForConditionalGeneration, OPTConfig, OPTForCausalLM,
-                          SiglipVisionConfig, SiglipVisionModel)
+from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model,
+                          Dinov2WithRegistersConfig, Dinov2WithRegistersModel, GPT2Config, GPT2LMHeadModel,
+                          LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
+                          OPTConfig, OPTForCausalLM, SiglipVisionConfig, SiglipVisionModel)
 
 import checkpoint
 from config import TRAINS
@@ -21,7 +21,8 @@ from generate import Assistant
 from model import PARTS, VLM, VisionBackbone, blocks, load_vision, make_projector
 from train import count_together, right_tokens, train_step
 
-SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8)
+SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+            image_size=16, patch_size=8)
 VISION = {"clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZE)),
           "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZE, vision_use_head=False)),
           "siglip-head": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZE)),
@@ -43,10 +44,12 @@ def world_of_one():
 def tiny_llm(kind="llama"):
     torch.manual_seed(1)
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=256,
-                                          resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2))
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                        num_attention_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+        return GPT2LMHeadModel(GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=256,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2))
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0))
 
 
 def tiny_vlm(vision="siglip", llm="llama", stage="finetune"):
@@ -58,14 +61,16 @@ def tiny_vlm(vision="siglip", llm="llama", stage="finetune"):
 
 
 def example(i, pictures=1):
-    """Example i supervises i + 1 tokens and is 10 + 2 i long behind its pictures, so a wrong average shows."""
+    """Example i supervises i + 1 tokens and is 10 + 2 i long behind its pictures,
+    so a wrong average shows."""
     generator = torch.Generator().manual_seed(i)
     text = torch.randint(3, VOCABULARY - 1, (10 + 2 * i,), generator=generator)
     input_ids = torch.cat([torch.tensor([1] + [IMAGE] * PATCHES * pictures), text])
     labels = torch.full_like(input_ids, IGNORE)
     labels[-(i + 1):] = text[-(i + 1):]
     return {"id": str(i), "input_ids": input_ids, "labels": labels,
-            "images": [[torch.randn(3, 16, 16, generator=generator)] for _ in range(pictures)], "replaced": 0, "key": "test"}
+            "images": [[torch.randn(3, 16, 16, generator=generator)] for _ in range(pictures)],
+            "replaced": 0, "key": "test"}
 
 
 def batches(sizes, pictures=1):
@@ -84,7 +89,8 @@ def test_features_are_the_second_to_last_blocks_patches(kind):
     assert features.shape == (2, PATCHES, 32)
     blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
     seen = []
-    handle = blocks[1].register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    handle = blocks[1].register_forward_hook(
+        lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
     model(pixels)
     handle.remove()
     assert_close(features, seen[0][:, SKIP[kind]:])
@@ -151,7 +157,7 @@ def gradients(model, cut, weigh=None):
 
 def assert_same_gradients(got, want):
     assert got.keys() == want.keys()
-    for name in want:                                                               # float rounding of sums in fp32
+    for name in want:                                                       # float rounding of sums in fp32
         assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
@@ -159,7 +165,8 @@ def assert_same_gradients(got, want):
 @pytest.mark.parametrize("pictures", [0, 1, 2])
 def test_how_a_batch_is_cut_does_not_change_the_step(sizes, pictures):
     model = tiny_vlm()
-    assert_same_gradients(gradients(model, batches(sizes, pictures)), gradients(model, batches([8], pictures)))
+    assert_same_gradients(gradients(model, batches(sizes, pictures)),
+                          gradients(model, batches([8], pictures)))
 
 
 def test_mean_of_means_would_be_caught():
@@ -213,7 +220,8 @@ def test_a_long_gradient_is_clipped_and_a_short_one_is_not():
         model.zero_grad()
         tokens = count_together(parts, False, cpu)["tokens"]
         _, norm, _ = train_step(model, parts, tokens, limit, cpu, False, right_tokens)
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item(), norm
+        return torch.cat([p.grad.flatten() for p in model.parameters()
+                          if p.grad is not None]).norm().item(), norm
 
     free, reported = length(1e9)
     assert reported == pytest.approx(free)
@@ -296,14 +304,16 @@ def test_the_forward_is_that_of_transformers_llava(pictures):
         loss, _ = ours(batch["input_ids"], batch["labels"], batch["pixel_values"])
     count = (batch["labels"][:, 1:] != IGNORE).sum()
     assert_close(loss / count, want.loss, rtol=1e-5, atol=1e-5)
-    wrong, vision = copy.deepcopy(ours), theirs.model.vision_tower        # features of the last block would be caught
+    # Features of the last block would be caught.
+    wrong, vision = copy.deepcopy(ours), theirs.model.vision_tower
     wrong.vision.forward = lambda pixels: vision(pixels[0], output_hidden_states=True).hidden_states[-1]
     with pytest.raises(AssertionError):
         assert_close(loss_of(wrong, batch) / count, want.loss, rtol=1e-5, atol=1e-5)
     same_place = cross_entropy(want.logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE)
     with pytest.raises(AssertionError):                     # position t predicting token t would be caught
         assert_close(same_place, want.loss, rtol=1e-5, atol=1e-5)
-    full = cross_entropy(want.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+    full = cross_entropy(want.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(),
+                         ignore_index=IGNORE)
     assert_close(loss / count, full, rtol=1e-5, atol=1e-5)
 
 
@@ -319,17 +329,20 @@ def test_a_random_model_starts_at_ln_v_and_overfits_one_batch(llm):
 
 def test_a_text_only_step_leaves_the_projector_and_its_adam_state_alone():
     model = tiny_vlm()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  lr=1e-2, weight_decay=0.1)
     one_step(model, batches([4]), optimizer)
 
     def projector():
         weights = [p.clone() for p in model.projector.parameters()]
-        return weights + [t.clone() for p in model.projector.parameters() for t in optimizer.state[p].values()]
+        return weights + [t.clone() for p in model.projector.parameters()
+                          for t in optimizer.state[p].values()]
 
     before = projector()
     one_step(model, batches([4], pictures=0), optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, projector(), strict=True))
-    # The usual trick, a black picture of weight zero, gives a gradient of zero. Momentum and decay then move all.
+    # The usual trick, a black picture of weight zero, gives a gradient of zero.
+    # Momentum and decay then move all.
     for p in model.projector.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -361,7 +374,8 @@ def test_the_answer_depends_on_the_picture():
     model, one = tiny_vlm().eval(), example(3)
     black = one | {"images": [[-torch.ones(3, 16, 16)]]}
     with torch.no_grad():
-        seen, blind = (model(b["input_ids"], b["labels"], b["pixel_values"])[0] for b in map(collate, ([one], [black])))
+        seen, blind = (model(b["input_ids"], b["labels"], b["pixel_values"])[0]
+                       for b in map(collate, ([one], [black])))
     assert abs(seen - blind) > 1e-3
 
 

@@ -100,7 +100,8 @@ def test_same_seed_same_files_and_what_is_held_out_stays_out(tmp_path):
             for i, step in enumerate(episode["steps"]):
                 assert step["image"] == f"{episode['id']}/{i:03d}.png"
                 assert (tmp_path / "a" / "images" / step["image"]).exists() and len(step["action"]) == 3
-                assert all(0 <= place <= PIXELS for place in step["action"][:2]) and step["action"][2] in (0, 1)
+                assert (all(0 <= place <= PIXELS for place in step["action"][:2])
+                        and step["action"][2] in (0, 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

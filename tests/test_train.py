@@ -43,8 +43,8 @@ def train_command(world, root, *flags, ranks=1, stage="finetune"):
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
             "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / "train.py"), *start,
             "--train_json", str(world / file), "--image_dir", str(world / "images"), "--val_json", "",
-            "--run_root", str(root), "--run_id", "r", "--global_batch_size", "8", "--per_device_batch_size", "4",
-            "--num_workers", "0", *flags]
+            "--run_root", str(root), "--run_id", "r", "--global_batch_size", "8",
+            "--per_device_batch_size", "4", "--num_workers", "0", *flags]
 
 
 def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
@@ -63,7 +63,8 @@ def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
 
 
 def train_here(monkeypatch, world, root, *flags, stage="finetune"):
-    """The same in this process, seconds faster. Without DDP, which does nothing for one rank but start threads."""
+    """The same in this process, seconds faster.
+    Without DDP, which does nothing for one rank but start threads."""
     def alone(model, **_):
         model.no_sync = nullcontext
         return model
@@ -89,11 +90,13 @@ def weights(run):
 
 
 def assert_same_up_to_rounding(got, want):
-    """Without GPT-2's key biases (the middle third of c_attn.bias): a softmax does not change when all its inputs shift,
-    so their true gradient is zero, and Adam turns the rounding noise in its place into steps of full size."""
+    """Without GPT-2's key biases (the middle third of c_attn.bias): a softmax does not change when all
+    its inputs shift, so their true gradient is zero, and Adam turns the rounding noise in its place
+    into steps of full size."""
     assert got.keys() == want.keys()
     for name in want:
-        parts = [tensor.chunk(3)[::2] if name.endswith("c_attn.bias") else [tensor] for tensor in (got[name], want[name])]
+        parts = [tensor.chunk(3)[::2] if name.endswith("c_attn.bias") else [tensor]
+                 for tensor in (got[name], want[name])]
         for a, b in zip(*parts):
             assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
@@ -145,7 +148,7 @@ def assert_text_only_steps_leave_the_projector_alone(run, metrics):
     for folder, line in zip(checkpoint.step_folders(run), metrics, strict=True):
         tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
         now = {name: tensor for name, tensor in tensors.items() if "projector." in name}
-        assert len(now) == 16                               # 4 parameters, each with 2 moments and a step count
+        assert len(now) == 16                           # 4 parameters, each with 2 moments and a step count
         if before:
             kinds.add(line["modality"])
             assert all(torch.equal(now[name], before[name]) for name in now) == (line["modality"] == "text")
@@ -277,8 +280,8 @@ def test_starting_from_a_run_and_continuing_it_can_not_be_confused(world, one_ra
         train_here(monkeypatch, world, tmp_path, *SHORT, "--ckpt", str(one_rank[1]))    # of another run
     assert len(list((tmp_path / "r").glob("step-*"))) == 2 and len(metrics_of(tmp_path / "r")) == 20
     # A new run takes the weights only: its first step is step 1, its optimizer is fresh.
-    metrics, run = train_here(monkeypatch, world, tmp_path / "new", "--ckpt", str(one_rank[1]), "--max_steps", "1",
-                              "--learning_rate", "0")
+    metrics, run = train_here(monkeypatch, world, tmp_path / "new", "--ckpt", str(one_rank[1]),
+                              "--max_steps", "1", "--learning_rate", "0")
     assert [line["step"] for line in metrics] == [1]
     assert load_file(run / "step-00000001" / "optimizer.safetensors")["step.projector.0.bias"] == 1
     assert all(torch.equal(tensor, weights(one_rank[1])[name]) for name, tensor in weights(run).items())
@@ -290,7 +293,8 @@ def test_overwrite_that_is_killed_half_way_leaves_no_old_step_in_the_new_run(tmp
             (Path(folder) / "config.json").unlink()
             raise KeyboardInterrupt
 
-    cfg = config.Config(train_json="a.json", image_dir="b", run_root=str(tmp_path), run_id="r", overwrite=True)
+    cfg = config.Config(train_json="a.json", image_dir="b", run_root=str(tmp_path), run_id="r",
+                        overwrite=True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         train.prepare(cfg, tmp_path / "r", 0, restarted=False)
@@ -326,8 +330,8 @@ def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     picture["image"] = "nowhere.png" if isinstance(picture["image"], str) else ["nowhere.png"] * 2
     (world / "broken.json").write_text(json.dumps(rows))
     began = time.time()
-    metrics, run, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"), "--max_steps", "20",
-                                      ranks=2, ok=False)
+    metrics, run, printed = run_train(world, tmp_path, "--train_json", str(world / "broken.json"),
+                                      "--max_steps", "20", ranks=2, ok=False)
     assert time.time() - began < 60                         # its start included
     newest, _ = checkpoint.newest(run)
     assert (checkpoint.read_state(newest)["step"] if newest else 0) == len(metrics)
@@ -342,8 +346,8 @@ def test_a_loss_or_a_norm_that_is_not_finite_names_the_step_and_the_examples(los
     batches = [{"ids": ["a", "b"]}, {"ids": ["c"]}]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        said = (f"^step 7: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are intact. "
-                "rank 0 had the examples a, b, c. Look at them")
+        said = (f"^step 7: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are "
+                "intact. rank 0 had the examples a, b, c. Look at them")
         with pytest.raises(config.UserError, match=said):
             train.stop_unless_finite(loss, norm, 7, batches)
         train.stop_unless_finite(1.0, 1.0, 7, batches)
@@ -353,9 +357,11 @@ def test_a_loss_or_a_norm_that_is_not_finite_names_the_step_and_the_examples(los
 
 READER_DIED = "a process that reads data was killed from outside, most often because memory ran out "
 ENDS = {        # error: how its explanation begins, whether it is an echo
-    "DataLoader worker (pid(s) 7) exited": (RuntimeError, READER_DIED + "(DataLoader worker (pid(s) 7)", False),
+    "DataLoader worker (pid(s) 7) exited": (
+        RuntimeError, READER_DIED + "(DataLoader worker (pid(s) 7)", False),
     "": (EOFError, READER_DIED + "(EOFError()). Lower --num_workers", False),
-    "Connection reset by peer": (ConnectionResetError, READER_DIED + "(Connection reset by peer). Lower", False),
+    "Connection reset by peer": (
+        ConnectionResetError, READER_DIED + "(Connection reset by peer). Lower", False),
     "gloo: Connection closed by peer": (RuntimeError, "RuntimeError: gloo: Connection closed by peer", True),
     "another rank met a bad example": (train.OtherRank, "another rank met a bad example", True),
     "one sentence": (config.UserError, "one sentence", False),
@@ -378,9 +384,10 @@ def test_a_disk_that_refuses_is_explained(number):
 
 
 def test_python_train_py_is_a_world_of_one(world, tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "--train_json", str(world / "align.json"), "--image_dir",
-                           str(world / "images"), "--val_json", str(world / "val_align.json"), "--run_root",
-                           str(tmp_path), "--max_steps", "2"], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "train.py", "--train_json", str(world / "align.json"),
+                           "--image_dir", str(world / "images"), "--val_json", str(world / "val_align.json"),
+                           "--run_root", str(tmp_path), "--max_steps", "2"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "toy-align-x7"
     scores = json.loads((run / "val.json").read_text())
@@ -394,8 +401,8 @@ def test_generate_answers_from_the_command_line(world, one_rank, capsys):
     for images in ([], ["--image", a], ["--image", a, b], ["--image", a, "--image", b]):
         generate.main(config.parse(generate.GenerateConfig, [*flags, *images]))
         assert capsys.readouterr().out.strip(), images
-    done = subprocess.run([sys.executable, "generate.py", *flags, "--image", a], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run([sys.executable, "generate.py", *flags, "--image", a], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
