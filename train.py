@@ -51,64 +51,24 @@ FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", 
 
 def main(cfg):
     device, restarted = start_process_group()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    run = cfg.run_folder
+    rank, run = dist.get_rank(), cfg.run_folder
     prepare(cfg, run, rank, restarted)
-
-    # Data: one dataset, cut by the sampler into this rank's micro-batches.
-    language = load_language(cfg.llm_backbone, cfg.prompt)
-    transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
-    policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}) if cfg.stage == "vla" else None
-    with rank_zero_first(rank):         # it reads the files and counts all tokens; the others find the counts
-        files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length,
-                               caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples,
-                               policy=policy, augment=cfg.seed if cfg.augment else None)
-                 for path in cfg.train_json.split(",")]
-        for data in files if policy else ():
-            policy.learn_units(data, [int(d) for d in cfg.kept_dimensions])
-        counted = [data.lengths() for data in files]
-    times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
-    data = ConcatDataset([data for data, n in zip(files, times) for _ in range(n)])
-    lengths, has_image = (np.concatenate([both[k] for both, n in zip(counted, times) for _ in range(n)]) for k in (0, 1))
-    per_device = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // world_size))
-    if cfg.global_batch_size % (per_device * world_size):
-        raise UserError(f"--global_batch_size {cfg.global_batch_size} can't be cut into micro-batches of "
-                        f"--per_device_batch_size {per_device} on {world_size} ranks. Choose a multiple of "
-                        f"{per_device * world_size}")
-    sampler = SplitModalitySampler(lengths, has_image, global_batch_size=cfg.global_batch_size,
-                                   per_device_batch_size=per_device, world_size=world_size, rank=rank, seed=cfg.seed,
-                                   window=cfg.length_window)
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=cfg.num_workers,
-                        persistent_workers=cfg.num_workers > 0, pin_memory=device.type == "cuda",
-                        worker_init_fn=worker_signals,
-                        generator=torch.Generator().manual_seed(cfg.seed))  # or it would draw from the model's random state
+    files, policy, loader = load_data(cfg, device)
+    sampler = loader.batch_sampler
     total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
-
-    # Model: the parts of the checkpoint, then freeze what this stage does not train.
-    parts = checkpoint_parts(cfg)
-    model = load_vlm(cfg, cfg.trained, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if cfg.ckpt:
-        checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
-    if policy and cfg.stage != config.read_config(cfg.ckpt).stage and any(name.startswith("llm") for name in cfg.trained):
-        policy.fresh_rows(model.llm, cfg.seed)
-    torch.manual_seed(cfg.seed + rank)                      # with dropout, each rank drops other activations
-    model.set_trained(cfg.trained)
-    if cfg.gradient_checkpointing:
-        model.use_gradient_checkpointing()
-    if cfg.compile:
-        model.use_compile()
+    parts, model = load_model(cfg, policy)
     model.to(device)
     optimizer = make_optimizer(model, cfg)
     step = resume(cfg, run, model, optimizer)
     # A text-only batch leaves the projector without a gradient; DDP raises at that unless told to look for it.
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                  find_unused_parameters=not has_image.all(),
+                                  find_unused_parameters=not sampler.has_image.all(),
                                   gradient_as_bucket_view=True)     # what is sent is the gradient, no copy
 
     if rank == 0 and step == total:
         print(f"{run}: this run is finished, all {total:,} steps are done")
     elif rank == 0:
-        print_opening(model, files[0], len(data), sampler, total)
+        print_opening(model, files[0], sampler, total)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage, dynamic_ncols=True)
     if policy and rank == 0:
@@ -148,16 +108,12 @@ def main(cfg):
                     optimizer.zero_grad(set_to_none=True)
                 step += 1
                 if rank == 0:
-                    seconds = time.perf_counter() - began
                     metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm,
                                **(policy.metrics(scores) if policy else {"accuracy": scores[0] / counts["tokens"]}),
-                               "tokens": counts["tokens"], "positions": counts["positions"],
-                               "padding": 1 - counts["real"] / counts["positions"], "replaced": counts["replaced"],
-                               "data_wait": waited / seconds, "tokens_per_second": counts["real"] / seconds,
-                               "modality": "image" if micro_batches[0]["pixel_values"] else "text"}
+                               **of_the_data(counts, micro_batches, waited, time.perf_counter() - began)}
                     metrics_file.write(json.dumps(metrics) + "\n")
                     metrics_file.flush()
-                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", data=f"{waited / seconds:.0%}", refresh=False)
+                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", data=f"{metrics['data_wait']:.0%}", refresh=False)
                     bar.update()
                 epoch_ends = cfg.keep_epochs and step % sampler.batches_per_epoch == 0
                 if step % cfg.save_every == 0 or step == total or epoch_ends:
@@ -172,6 +128,58 @@ def main(cfg):
     return run if rank == 0 and not stop.agreed else None, ddp
 
 
+# -- what the loop works on ------------------------------------------------------------------------------------------
+
+def load_data(cfg, device):
+    """One dataset, cut by the sampler into this rank's micro-batches -> its files, the policy of stage vla, a loader."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    language = load_language(cfg.llm_backbone, cfg.prompt)
+    transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
+    policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}) if cfg.stage == "vla" else None
+    with rank_zero_first(rank):         # it reads the files and counts all tokens; the others find the counts
+        files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length,
+                               caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples,
+                               policy=policy, augment=cfg.seed if cfg.augment else None)
+                 for path in cfg.train_json.split(",")]
+        for data in files if policy else ():
+            policy.learn_units(data, [int(d) for d in cfg.kept_dimensions])
+        counted = [data.lengths() for data in files]
+    times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
+    data = ConcatDataset([data for data, n in zip(files, times) for _ in range(n)])
+    lengths, has_image = (np.concatenate([both[k] for both, n in zip(counted, times) for _ in range(n)]) for k in (0, 1))
+    per_device = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // world_size))
+    if cfg.global_batch_size % (per_device * world_size):
+        raise UserError(f"--global_batch_size {cfg.global_batch_size} can't be cut into micro-batches of "
+                        f"--per_device_batch_size {per_device} on {world_size} ranks. Choose a multiple of "
+                        f"{per_device * world_size}")
+    sampler = SplitModalitySampler(lengths, has_image, global_batch_size=cfg.global_batch_size,
+                                   per_device_batch_size=per_device, world_size=world_size, rank=rank, seed=cfg.seed,
+                                   window=cfg.length_window)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=cfg.num_workers,
+                        persistent_workers=cfg.num_workers > 0, pin_memory=device.type == "cuda",
+                        worker_init_fn=worker_signals,
+                        generator=torch.Generator().manual_seed(cfg.seed))  # or it would draw from the model's random state
+    return files, policy, loader
+
+
+def load_model(cfg, policy):
+    """The parts of --ckpt if there is one, frozen but for what this stage trains -> the parts to save, the VLM."""
+    parts = checkpoint_parts(cfg)
+    model = load_vlm(cfg, cfg.trained, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    if cfg.ckpt:
+        checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
+    trains_llm = any(name.startswith("llm") for name in cfg.trained)
+    if policy and trains_llm and config.read_config(cfg.ckpt).stage != "vla":   # a policy has rows of its own already
+        policy.fresh_rows(model.llm, cfg.seed)
+    torch.manual_seed(cfg.seed + dist.get_rank())           # with dropout, each rank drops other activations
+    model.set_trained(cfg.trained)
+    if cfg.gradient_checkpointing:
+        model.use_gradient_checkpointing()
+    if cfg.compile:
+        model.use_compile()
+    return parts, model
+
+
 # -- one step --------------------------------------------------------------------------------------------------------
 
 def count_together(micro_batches, stop, device):
@@ -184,6 +192,14 @@ def count_together(micro_batches, stop, device):
               "bad": len(micro_batches) - len(good),
               "stop": int(stop)}
     return dict(zip(counts, all_sum(torch.tensor(list(counts.values()), device=device)).tolist()))
+
+
+def of_the_data(counts, micro_batches, waited, seconds):
+    """What metrics.jsonl says of a step's data, and of the time it took."""
+    return {"tokens": counts["tokens"], "positions": counts["positions"],
+            "padding": 1 - counts["real"] / counts["positions"], "replaced": counts["replaced"],
+            "data_wait": waited / seconds, "tokens_per_second": counts["real"] / seconds,
+            "modality": "image" if micro_batches[0]["pixel_values"] else "text"}
 
 
 def train_step(model, micro_batches, tokens, max_norm, device, bf16, score):
@@ -433,7 +449,7 @@ def resume(cfg, run, model, optimizer):
     return step
 
 
-def print_opening(model, data, examples, sampler, total):
+def print_opening(model, data, sampler, total):
     """What will happen, before it happens."""
     def parts(trained):
         sizes = {name: sum(p.numel() for p in getattr(model, name).parameters() if p.requires_grad == trained)
@@ -441,7 +457,7 @@ def print_opening(model, data, examples, sampler, total):
         return ", ".join(f"{name} {size / 1e6:.2f}M" for name, size in sizes.items() if size) or "nothing"
     print(f"trains   {parts(True)} · frozen {parts(False)}")
     print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x {sampler.accumulation} accumulated x "
-          f"{sampler.world_size} ranks · {examples:,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
+          f"{sampler.world_size} ranks · {len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
           f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
     example = data[0]
     if isinstance(example, BadExample):
