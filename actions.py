@@ -1,6 +1,7 @@
 """Robot actions as tokens (RT-2, arXiv 2307.15818; OpenVLA, arXiv 2406.09246).
 
-    action in physical units --normalize--> [-1, 1] --256 bins--> 256 ids at the end of the vocabulary, one per dimension
+    action in physical units --normalize--> [-1, 1] --256 bins--> 256 ids at the end of the vocabulary,
+                                                                  one per dimension
 
 and back. Ids are computed, never written as text and read again: some tokenizers would read something else.
 """
@@ -18,10 +19,12 @@ QUESTION = "What action should the robot take to {instruction}?"
 
 
 class ActionTokens:
-    """Ids of actions. `end` is one behind the last id in use, `statistics` are those of each dataset (see below).
+    """Ids of actions.
+    `end` is one behind the last id in use, `statistics` are those of each dataset (see below).
 
-    As OpenVLA: id = end - bin, bins count from 1, a bin stands for its center. OpenVLA's end is the size of the base
-    vocabulary; so is ours, unless control tokens lie among its last 256 ids (GPT-2's end of text does): then below them.
+    As OpenVLA: id = end - bin, bins count from 1, a bin stands for its center. OpenVLA's end is the size of
+    the base vocabulary; so is ours, unless control tokens lie among its last 256 ids (GPT-2's end of text
+    does): then below them.
     """
 
     def __init__(self, end, statistics):
@@ -47,7 +50,8 @@ class ActionTokens:
         episodes = len(np.unique(data.places[:, 0]))
         self.statistics[data.key] = compute_statistics(read_actions(data), episodes, keep)
         if len({len(of["action"]["q01"]) for of in self.statistics.values()}) > 1:
-            raise UserError(f"{data.path}: its actions have another number of dimensions than those of the other files")
+            raise UserError(f"{data.path}: its actions have another number of dimensions "
+                            "than those of the other files")
 
     def encode(self, actions, key):
         """(..., A) in physical units -> (..., A) ids."""
@@ -74,11 +78,11 @@ class ActionTokens:
     def fresh_rows(self, llm, seed):
         """Gives the action ids embeddings of their own, neighbors alike: sums of a few waves along the bins.
 
-        Ids that no text ever used have drifted together until one is like the other. The loss then hardly tells one
-        action from the next, and hundreds of steps go by before the rows part.
+        Ids that no text ever used have drifted together until one is like the other. The loss then hardly
+        tells one action from the next, and hundreds of steps go by before the rows part.
         """
-        bins = torch.linspace(0, torch.pi, BINS)[:, None] * torch.arange(1, 9)                              # (256, 8)
-        waves = torch.cat([bins.sin(), bins.cos()], dim=1)                                                  # (256, 16)
+        bins = torch.linspace(0, torch.pi, BINS)[:, None] * torch.arange(1, 9)              # (256, 8)
+        waves = torch.cat([bins.sin(), bins.cos()], dim=1)                                  # (256, 16)
         for table in {llm.get_input_embeddings(), llm.get_output_embeddings()}:
             weight = table.weight
             directions = torch.randn(16, weight.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -86,13 +90,15 @@ class ActionTokens:
             weight[self.end - BINS:self.end] = rows.flip(0).to(weight)
 
     def score(self, batch, predicted):
-        """A batch and its predicted tokens (S,) -> (1 + 2 A,) sums: examples; per dimension, right action tokens; per
-        dimension, |error| in physical units."""
+        """A batch and its predicted tokens (S,) -> (1 + 2 A,) sums: examples;
+        per dimension, right action tokens; per dimension, |error| in physical units."""
         targets = batch["labels"][:, 1:]
-        size = (len(targets), self.dimensions + 1)          # each example supervises its action and the end token
+        size = (len(targets), self.dimensions + 1)      # each example supervises its action and the end token
         wanted, got = (ids.view(size)[:, :-1].numpy() for ids in (targets[targets != -100], predicted.cpu()))
-        error = [np.abs(self.decode(g, key) - self.decode(w, key)) for g, w, key in zip(got, wanted, batch["keys"])]
-        return torch.tensor([len(targets), *(got == wanted).sum(0), *np.sum(error, axis=0)], dtype=torch.float64)
+        error = [np.abs(self.decode(g, key) - self.decode(w, key))
+                 for g, w, key in zip(got, wanted, batch["keys"])]
+        return torch.tensor([len(targets), *(got == wanted).sum(0), *np.sum(error, axis=0)],
+                            dtype=torch.float64)
 
     def metrics(self, scores):
         """`score`'s sums -> the mean accuracy; accuracy and L1 error of each dimension."""
@@ -105,14 +111,15 @@ class ActionTokens:
 
 
 def end_of_actions(tokenizer):
-    """One behind the last action id: the highest place with 256 ids below it and no control token among them."""
+    """One behind the last action id:
+    the highest place with 256 ids below it and no control token among them."""
     control, end = {i for i in tokenizer.all_special_ids}, tokenizer.vocab_size
     for special in sorted(control, reverse=True):
         if end - BINS <= special < end:
             end = special
     if end < 2 * BINS:
-        raise UserError(f"the vocabulary of {tokenizer.vocab_size} ids cannot spare {BINS} for actions below its control "
-                        "tokens. Take a language model with a larger one")
+        raise UserError(f"the vocabulary of {tokenizer.vocab_size} ids cannot spare {BINS} for actions below "
+                        "its control tokens. Take a language model with a larger one")
     return end
 
 
@@ -123,25 +130,29 @@ def read_actions(data):
         if (start, end) != before:
             before, episode = (start, end), json.loads(data.bytes[start:end].tobytes())
         action = episode["steps"][step].get("action")
-        if (not isinstance(action, list) or not action or len(action) != len(actions[0] if actions else action)
+        if (not isinstance(action, list) or not action
+                or len(action) != len(actions[0] if actions else action)
                 or not np.isfinite(np.array(action, float)).all()):
             raise UserError(f"{data.path}, episode id={episode.get('id')!r}, step {step}: 'action' must be "
-                            f"{len(actions[0]) if actions else 'a list of'} finite numbers, found {str(action)[:60]}")
+                            f"{len(actions[0]) if actions else 'a list of'} finite numbers, "
+                            f"found {str(action)[:60]}")
         actions.append(action)
     return np.array(actions, np.float64)
 
 
 def compute_statistics(actions, episodes, keep=()):
-    """(n, A) -> OpenVLA's dataset_statistics.json layout for one dataset. `keep`: dimensions that are not normalized.
+    """(n, A) -> OpenVLA's dataset_statistics.json layout for one dataset.
+    `keep`: dimensions that are not normalized.
 
-    From the 1st to the 99th percentile, so that single wild values do not use up the bins. A dimension that hardly
-    moves would be blown up from noise to full range: its range gets a floor of 1 % of its extremes, and a warning.
+    From the 1st to the 99th percentile, so that single wild values do not use up the bins. A dimension that
+    hardly moves would be blown up from noise to full range: its range gets a floor of 1 % of its extremes,
+    and a warning.
     """
     low, high = np.quantile(actions, 0.01, axis=0), np.quantile(actions, 0.99, axis=0)
     floor = np.maximum(0.01 * (actions.max(0) - actions.min(0)), 1e-6)
     for d in np.flatnonzero(high - low < floor):
-        print(f"action dimension {d} hardly moves ({low[d]:g} to {high[d]:g}); its range is widened to {floor[d]:g}",
-              file=sys.stderr)
+        print(f"action dimension {d} hardly moves ({low[d]:g} to {high[d]:g}); "
+              f"its range is widened to {floor[d]:g}", file=sys.stderr)
     middle, half = (low + high) / 2, np.maximum(high - low, floor) / 2
     mask = [d not in keep for d in range(actions.shape[1])]
     columns = {"mean": actions.mean(0), "std": actions.std(0), "max": actions.max(0), "min": actions.min(0),
@@ -165,12 +176,14 @@ def episode_problem(episode):
         images = step.get("image") if isinstance(step, dict) else None
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not images or not all(isinstance(name, str) for name in images):
-            return f"step {i} must have a file name, or a list of them, under 'image', found {str(step)[:60]!r}"
+            return (f"step {i} must have a file name, or a list of them, under 'image', "
+                    f"found {str(step)[:60]!r}")
     return ""
 
 
 def as_conversation(episode, step):
-    """One step of an episode as an example: what a conversation is, with an action in place of the reply's text."""
+    """One step of an episode as an example:
+    what a conversation is, with an action in place of the reply's text."""
     here = episode["steps"][step]
     images = [here["image"]] if isinstance(here["image"], str) else here["image"]
     question = QUESTION.format(instruction=episode["instruction"].strip().rstrip(".").lower())

@@ -25,9 +25,11 @@ import config
 from config import Config, UserError
 
 if __name__ == "__main__":
-    cfg = config.parse(Config, description="Train a vision-language model.")  # before torch is imported: a fast --help
+    # Before torch is imported: a fast --help.
+    cfg = config.parse(Config, description="Train a vision-language model.")
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # DDP warns each run that the first batch used all parameters
+# DDP warns each run that the first batch used all parameters.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -44,9 +46,9 @@ from profiling import StepProfile, part
 from sampler import SplitModalitySampler
 
 # A run may continue with other values of these: they do not change what is computed, up to float rounding.
-FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite", "gradient_checkpointing",
-                  "run_root", "run_id", "prepare", "val_json", "keep_epochs", "skip_bad_examples", "profile",
-                  "compile")
+FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite",
+                  "gradient_checkpointing", "run_root", "run_id", "prepare", "val_json", "keep_epochs",
+                  "skip_bad_examples", "profile", "compile")
 
 
 def main(cfg):
@@ -60,7 +62,8 @@ def main(cfg):
     model.to(device)
     optimizer = make_optimizer(model, cfg)
     step = resume(cfg, run, model, optimizer)
-    # A text-only batch leaves the projector without a gradient; DDP raises at that unless told to look for it.
+    # A text-only batch leaves the projector without a gradient;
+    # DDP raises at that unless told to look for it.
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                   find_unused_parameters=not sampler.has_image.all(),
                                   gradient_as_bucket_view=True)     # what is sent is the gradient, no copy
@@ -70,10 +73,12 @@ def main(cfg):
     elif rank == 0:
         print_opening(model, files[0], sampler, total)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
-    bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage, dynamic_ncols=True)
+    bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage,
+               dynamic_ncols=True)
     if policy and rank == 0:
         checkpoint.write_text(run / "dataset_statistics.json", json.dumps(policy.statistics, indent=2))
-    about = {"parts": parts} | ({"actions": policy.saved()} if policy else {})      # what a checkpoint says of itself
+    # What a checkpoint says of itself.
+    about = {"parts": parts} | ({"actions": policy.saved()} if policy else {})
     watched = StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
     stop, saved = Stop(), step
     with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
@@ -100,8 +105,8 @@ def main(cfg):
                 lr = learning_rate(step, total, cfg)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss, norm, scores = train_step(ddp, micro_batches, counts["tokens"], cfg.max_grad_norm, device, bf16,
-                                                policy.score if policy else right_tokens)
+                loss, norm, scores = train_step(ddp, micro_batches, counts["tokens"], cfg.max_grad_norm,
+                                                device, bf16, policy.score if policy else right_tokens)
                 stop_unless_finite(loss, norm, step + 1, micro_batches)
                 with part("optimizer"):
                     optimizer.step()
@@ -109,11 +114,13 @@ def main(cfg):
                 step += 1
                 if rank == 0:
                     metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm,
-                               **(policy.metrics(scores) if policy else {"accuracy": scores[0] / counts["tokens"]}),
+                               **(policy.metrics(scores) if policy
+                                  else {"accuracy": scores[0] / counts["tokens"]}),
                                **of_the_data(counts, micro_batches, waited, time.perf_counter() - began)}
                     metrics_file.write(json.dumps(metrics) + "\n")
                     metrics_file.flush()
-                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", data=f"{metrics['data_wait']:.0%}", refresh=False)
+                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", data=f"{metrics['data_wait']:.0%}",
+                                    refresh=False)
                     bar.update()
                 epoch_ends = cfg.keep_epochs and step % sampler.batches_per_epoch == 0
                 if step % cfg.save_every == 0 or step == total or epoch_ends:
@@ -128,14 +135,16 @@ def main(cfg):
     return run if rank == 0 and not stop.agreed else None, ddp
 
 
-# -- what the loop works on ------------------------------------------------------------------------------------------
+# -- what the loop works on ----------------------------------------------------------------------------------
 
 def load_data(cfg, device):
-    """One dataset, cut by the sampler into this rank's micro-batches -> its files, the policy of stage vla, a loader."""
+    """One dataset, cut by the sampler into this rank's micro-batches
+    -> its files, the policy of stage vla, a loader."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     language = load_language(cfg.llm_backbone, cfg.prompt)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
-    policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}) if cfg.stage == "vla" else None
+    policy = (actions.ActionTokens(actions.end_of_actions(language.tokenizer), {})
+              if cfg.stage == "vla" else None)
     with rank_zero_first(rank):         # it reads the files and counts all tokens; the others find the counts
         files = [Conversations(path, cfg.image_dir, language, transforms, cfg.max_length,
                                caption_only=cfg.stage == "align", skip_bad=cfg.skip_bad_examples,
@@ -146,30 +155,34 @@ def load_data(cfg, device):
         counted = [data.lengths() for data in files]
     times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
     data = ConcatDataset([data for data, n in zip(files, times) for _ in range(n)])
-    lengths, has_image = (np.concatenate([both[k] for both, n in zip(counted, times) for _ in range(n)]) for k in (0, 1))
+    lengths, has_image = (np.concatenate([both[k] for both, n in zip(counted, times) for _ in range(n)])
+                          for k in (0, 1))
     per_device = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // world_size))
     if cfg.global_batch_size % (per_device * world_size):
         raise UserError(f"--global_batch_size {cfg.global_batch_size} can't be cut into micro-batches of "
                         f"--per_device_batch_size {per_device} on {world_size} ranks. Choose a multiple of "
                         f"{per_device * world_size}")
     sampler = SplitModalitySampler(lengths, has_image, global_batch_size=cfg.global_batch_size,
-                                   per_device_batch_size=per_device, world_size=world_size, rank=rank, seed=cfg.seed,
-                                   window=cfg.length_window)
+                                   per_device_batch_size=per_device, world_size=world_size, rank=rank,
+                                   seed=cfg.seed, window=cfg.length_window)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=cfg.num_workers,
                         persistent_workers=cfg.num_workers > 0, pin_memory=device.type == "cuda",
                         worker_init_fn=worker_signals,
-                        generator=torch.Generator().manual_seed(cfg.seed))  # or it would draw from the model's random state
+                        # Or it would draw from the model's random state.
+                        generator=torch.Generator().manual_seed(cfg.seed))
     return files, policy, loader
 
 
 def load_model(cfg, policy):
-    """The parts of --ckpt if there is one, frozen but for what this stage trains -> the parts to save, the VLM."""
+    """The parts of --ckpt if there is one, frozen but for what this stage trains
+    -> the parts to save, the VLM."""
     parts = checkpoint_parts(cfg)
     model = load_vlm(cfg, cfg.trained, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     if cfg.ckpt:
         checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
     trains_llm = any(name.startswith("llm") for name in cfg.trained)
-    if policy and trains_llm and config.read_config(cfg.ckpt).stage != "vla":   # a policy has rows of its own already
+    # A policy has rows of its own already.
+    if policy and trains_llm and config.read_config(cfg.ckpt).stage != "vla":
         policy.fresh_rows(model.llm, cfg.seed)
     torch.manual_seed(cfg.seed + dist.get_rank())           # with dropout, each rank drops other activations
     model.set_trained(cfg.trained)
@@ -180,13 +193,13 @@ def load_model(cfg, policy):
     return parts, model
 
 
-# -- one step --------------------------------------------------------------------------------------------------------
+# -- one step ------------------------------------------------------------------------------------------------
 
 def count_together(micro_batches, stop, device):
     """What all ranks must know before a step, in one small all-reduce -> dict of sums over all ranks."""
     good = [batch for batch in micro_batches if not isinstance(batch, BadExample)]
-    counts = {"tokens": sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in good),       # supervised
-              "real": sum(int(batch["attention_mask"].sum()) for batch in good),                    # not padding
+    counts = {"tokens": sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in good),   # supervised
+              "real": sum(int(batch["attention_mask"].sum()) for batch in good),                # not padding
               "positions": sum(batch["input_ids"].numel() for batch in good),
               "replaced": sum(batch["replaced"] for batch in good),
               "bad": len(micro_batches) - len(good),
@@ -205,10 +218,11 @@ def of_the_data(counts, micro_batches, waited, seconds):
 def train_step(model, micro_batches, tokens, max_norm, device, bf16, score):
     """Forward and backward of one optimizer step on this rank's micro-batches.
 
-    -> loss per supervised token, gradient norm, and what `score(batch, predicted)` gives, summed over the global batch.
+    -> loss per supervised token, gradient norm,
+    and what `score(batch, predicted)` gives, summed over the global batch.
 
-    The gradient is that of: sum of the token losses / `tokens`, both over the whole global batch. Averaging micro-batch
-    by micro-batch would weigh a 3-token answer like a 300-token one.
+    The gradient is that of: sum of the token losses / `tokens`, both over the whole global batch. Averaging
+    micro-batch by micro-batch would weigh a 3-token answer like a 300-token one.
     """
     scale = dist.get_world_size() / tokens                  # DDP averages over ranks; we want the sum
     results = []
@@ -218,7 +232,8 @@ def train_step(model, micro_batches, tokens, max_norm, device, bf16, score):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, predicted = model(batch["input_ids"].to(device, non_blocking=True),
                                         batch["labels"].to(device, non_blocking=True),
-                                        [pixels.to(device, non_blocking=True) for pixels in batch["pixel_values"]])
+                                        [pixels.to(device, non_blocking=True)
+                                         for pixels in batch["pixel_values"]])
             with part("backward"):
                 (loss * scale).backward()
         results.append((loss.detach(), predicted))
@@ -256,12 +271,13 @@ def stop_unless_finite(loss, norm, step, micro_batches):
         ids = [None] * dist.get_world_size()                # any rank may have the bad one, only one is shown
         dist.all_gather_object(ids, ", ".join(name for batch in micro_batches for name in batch["ids"]))
         examples = "; ".join(f"rank {rank} had the examples {names}" for rank, names in enumerate(ids))
-        raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are intact. "
-                        f"{examples}. Look at them, or lower --learning_rate")
+        raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. The update was not made, "
+                        f"checkpoints are intact. {examples}. Look at them, or lower --learning_rate")
 
 
 def learning_rate(step, total, cfg):
-    """Linear warm-up, then constant or half a cosine down to zero. A function of the step: no scheduler to restore."""
+    """Linear warm-up, then constant or half a cosine down to zero.
+    A function of the step: no scheduler to restore."""
     warmup = math.ceil(cfg.warmup_ratio * total)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
@@ -273,17 +289,19 @@ def learning_rate(step, total, cfg):
 def make_optimizer(model, cfg):
     """AdamW. Matrices decay; norms and biases do not: pulling a norm's scale to zero helps nothing."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
-                             lr=cfg.learning_rate, fused=True)      # one kernel instead of several for each tensor
+    return torch.optim.AdamW(
+        [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
+        lr=cfg.learning_rate, fused=True)                   # one kernel instead of several for each tensor
 
 
-# -- before and after the loop ---------------------------------------------------------------------------------------
+# -- before and after the loop -------------------------------------------------------------------------------
 
 def start_process_group():
     """Always on, so the loop has no `if distributed`. NCCL between GPUs, gloo between CPUs.
 
-    -> this rank's device; and, for rank zero, whether torchrun restarts a run (--max_restarts) that it began itself.
+    -> this rank's device; and, for rank zero,
+    whether torchrun restarts a run (--max_restarts) that it began itself.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -302,9 +320,10 @@ def start_process_group():
 def store_of_this_start(store, rank, world_size):
     """The part of torchrun's store over which the ranks of this start find each other.
 
-    torchrun keeps one store through all its restarts (--max_restarts), with the addresses of the dead in it: who reads
-    those waits for ever (pytorch#135712). Its count of restarts does not help, each machine has its own. So rank zero
-    names each start, and tells the name only to a rank that asks for it under a token it has just drawn.
+    torchrun keeps one store through all its restarts (--max_restarts), with the addresses of the dead in it:
+    who reads those waits for ever (pytorch#135712). Its count of restarts does not help, each machine has its
+    own. So rank zero names each start, and tells the name only to a rank that asks for it under a token it
+    has just drawn.
     """
     token = name = os.urandom(8).hex()
     if rank > 0:
@@ -340,8 +359,11 @@ class Stop:
 
 
 def worker_signals(worker):
-    """Signals are the loop's business. torchrun and clusters send them to every process: a data worker that died of one
-    would end the run before it could save. Workers end when the loop tells them, or is gone."""
+    """Signals are the loop's business.
+
+    torchrun and clusters send them to every process: a data worker that died of one would end the run before
+    it could save. Workers end when the loop tells them, or is gone.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -367,12 +389,12 @@ def prepare(cfg, run, rank, restarted):
         if cfg.prepare and not Path(cfg.train_json).exists():
             subprocess.run([sys.executable, cfg.prepare], check=True)
         if cfg.ckpt and Path(cfg.ckpt).resolve() in (run.resolve(), *run.resolve().glob("step-*")):
-            raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt as it was at the "
-                            "start; to start from it, name the new run with --run_id")
+            raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt "
+                            "as it was at the start; to start from it, name the new run with --run_id")
         if cfg.overwrite and not restarted and (run / "config.json").exists():
             old = run.with_name(f"{run.name}.overwritten")
             shutil.rmtree(old, ignore_errors=True)
-            run.rename(old)                                 # killed half-way, old steps would pass for new ones
+            run.rename(old)                             # killed half-way, old steps would pass for new ones
             shutil.rmtree(old)
         if (run / "config.json").exists():
             check_same_run(cfg, config.read_config(run), run)
@@ -381,7 +403,8 @@ def prepare(cfg, run, rank, restarted):
                 run.mkdir(parents=True, exist_ok=True)
                 checkpoint.write_text(run / "config.json", json.dumps(asdict(cfg), indent=2))
             except OSError as e:
-                raise UserError(f"the run folder {run} can't be written ({e.strerror}). Choose another --run_root") from e
+                raise UserError(f"the run folder {run} can't be written ({e.strerror}). "
+                                "Choose another --run_root") from e
     dist.barrier()
 
 
@@ -390,8 +413,8 @@ def check_same_run(cfg, before, run):
     changed = [f"--{name} was {old[name]!r}, is {new[name]!r}" for name in new
                if old[name] != new[name] and name not in FREE_TO_CHANGE]
     if changed:
-        raise UserError(f"{run} holds a run with other flags: {'; '.join(changed)}. Give the same flags to continue it, "
-                        "--run_id for a new run, or --overwrite to start over")
+        raise UserError(f"{run} holds a run with other flags: {'; '.join(changed)}. Give the same flags to "
+                        "continue it, --run_id for a new run, or --overwrite to start over")
 
 
 def checkpoint_parts(cfg):
@@ -401,7 +424,8 @@ def checkpoint_parts(cfg):
         if cfg.ckpt and getattr(cfg, name) != getattr(config.read_config(cfg.ckpt), name):
             raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
                             f"{getattr(config.read_config(cfg.ckpt), name)}. Leave the flag out")
-    return [name for name in PARTS if name in before or name in {trained.split('.')[0] for trained in cfg.trained}]
+    return [name for name in PARTS
+            if name in before or name in {trained.split('.')[0] for trained in cfg.trained}]
 
 
 @part("checkpoint")
@@ -416,7 +440,7 @@ def save(run, step, model, optimizer, about, keep, forever=False):
         optimizer_tensors |= {f"random.{rank}": state.cpu() for rank, state in enumerate(states)}
         checkpoint.save(run, step, checkpoint.tensors_of(model, about["parts"]), optimizer_tensors,
                         about | {"forever": forever}, keep)
-    dist.barrier()                                          # outside the `if`, or the other ranks never meet rank zero
+    dist.barrier()                              # outside the `if`, or the other ranks never meet rank zero
 
 
 def random_state():
@@ -437,7 +461,7 @@ def resume(cfg, run, model, optimizer):
         step = checkpoint.read_state(newest)["step"]
         checkpoint.load_weights(model, newest)
         state = checkpoint.load_optimizer(model, optimizer, newest).get(str(dist.get_rank()))
-        if state is not None:                               # a rank that the run did not have before draws afresh
+        if state is not None:                           # a rank that the run did not have before draws afresh
             cpu = len(torch.get_rng_state())
             torch.set_rng_state(state[:cpu])
             if len(state) > cpu and torch.cuda.is_available():
@@ -456,13 +480,15 @@ def print_opening(model, data, sampler, total):
                  for name in PARTS}
         return ", ".join(f"{name} {size / 1e6:.2f}M" for name, size in sizes.items() if size) or "nothing"
     print(f"trains   {parts(True)} · frozen {parts(False)}")
-    print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x {sampler.accumulation} accumulated x "
-          f"{sampler.world_size} ranks · {len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
+    print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x "
+          f"{sampler.accumulation} accumulated x {sampler.world_size} ranks · "
+          f"{len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
           f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
     example = data[0]
     if isinstance(example, BadExample):
         raise example
-    print(f"sample 0 {show(example['input_ids'].tolist(), example['labels'].tolist(), data.language.tokenizer)}"
+    print("sample 0 "
+          f"{show(example['input_ids'].tolist(), example['labels'].tolist(), data.language.tokenizer)}"
           "     (>> << is what the loss sees)", flush=True)
 
 
@@ -508,12 +534,14 @@ def explain(error):
 
 
 def end_with(error):
-    """Ends this rank at once: a clean exit would wait for the others. torchrun then ends these, and shows the error again.
+    """Ends this rank at once: a clean exit would wait for the others.
 
-    An error that all ranks have is shown once: rank zero goes first, and with it goes the run. An echo comes last:
-    of two that end within the same second, torchrun may take either for the cause.
+    torchrun then ends these, and shows the error again. An error that all ranks have is shown once: rank zero
+    goes first, and with it goes the run. An echo comes last: of two that end within the same second, torchrun
+    may take either for the cause.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # DataLoader's handler raises when a worker dies, also in here
+    # DataLoader's handler raises when a worker dies, also in here.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     rank, (text, echo) = int(os.environ.get("RANK", 0)), explain(error)
     time.sleep(5 if echo else min(rank, 1) * 2)
@@ -532,7 +560,8 @@ if __name__ == "__main__":
             finish(cfg, finished)
     except Exception as e:
         end_with(e)
-    # At once, with DDP still held. Taking it down joins gloo's threads while holding Python's lock; when one of them still
-    # waits for that lock to let go of a tensor, the program never ends (seen in two of thirty runs on busy cores).
+    # At once, with DDP still held. Taking it down joins gloo's threads while holding Python's lock; when one
+    # of them still waits for that lock to let go of a tensor, the program never ends (seen in two of thirty
+    # runs on busy cores).
     sys.stdout.flush()
     os._exit(0)
