@@ -160,8 +160,14 @@ def ask_yes_no(scene, rng):
     return f"Is there {a_or_an(color)} {shape}?", yes_or_no(any((t.color, t.shape) == (color, shape) for t in scene))
 
 
+def ask_plan(scene, rng):
+    """What a robot would be asked (see toy_robot.py), answered in words: from where to where."""
+    a, b = rng.sample(scene, 2)
+    return f"What action should the robot take to put the {a} on the {b}?", f"{CELLS[a.cell]} to {CELLS[b.cell]}"
+
+
 ASK = {"color": ask_color, "shape": ask_shape, "count": ask_count, "position": ask_position,
-       "comparison": ask_comparison, "yes_no": ask_yes_no}
+       "comparison": ask_comparison, "yes_no": ask_yes_no, "plan": ask_plan}
 
 
 def ask_two(first, second, rng):

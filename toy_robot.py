@@ -27,6 +27,7 @@ REACH = 12.0                                                # a closing gripper 
 GRID = 8.0                                                  # the expert names places in multiples of it [pixels]
 NEAR = 12.0                                                 # the expert closes, opens from here [pixels]
 ON = 12.0                                                   # "on" = centers so near [pixels]
+HELD = 0.6                                                  # what is held looks so much smaller: else it hides the target
 MARGIN = 13.0                                               # the gripper stays so far from the edge
 MOST_STEPS = 30
 
@@ -141,13 +142,14 @@ class Table:
         for i in self.stack:
             color, radius, angle = self.looks[i]
             x, y = self.places[i] * fine
-            toy.draw_shape(canvas, self.task.scene[i].shape, color, x, y, radius * fine, angle)
+            size = radius * (HELD if i == self.held else 1) * fine
+            toy.draw_shape(canvas, self.task.scene[i].shape, color, x, y, size, angle)
         # Open or closed decides what comes next, so a lamp shows it too. Nothing else has these two colors.
         x, y = self.gripper * fine
         gap, color = (15 * fine, (30, 30, 34)) if self.open else (7 * fine, (255, 90, 200))
-        for side in (-gap, gap):                            # two fingers and what joins them
-            canvas.rectangle((x + side - 2.5 * fine, y - 9 * fine, x + side + 2.5 * fine, y + 9 * fine), fill=color)
-        canvas.rectangle((x - gap, y - 1.5 * fine, x + gap, y + 1.5 * fine), fill=color)
+        for side in (-gap, gap):                            # two fingers and, above the thing, what joins them
+            canvas.rectangle((x + side - 2.5 * fine, y - 11 * fine, x + side + 2.5 * fine, y + 8 * fine), fill=color)
+        canvas.rectangle((x - gap, y - 11 * fine, x + gap, y - 8 * fine), fill=color)
         return image.reduce(fine)
 
 

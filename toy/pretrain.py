@@ -115,9 +115,13 @@ def asked(question, answer):
 
 
 # What a text is about: caption, caption on request, questions on one map, questions on two maps, no map.
-# Each round has more of what the one before had not yet learned.
-MIX = ((0.20, 0.05, 0.35, 0.15, 0.25), (0.08, 0.04, 0.28, 0.30, 0.30), (0.08, 0.04, 0.50, 0.13, 0.25))
-MORE = ((), (toy.ask_count, toy.ask_comparison), (toy.ask_color, toy.ask_shape, toy.ask_comparison, toy.ask_comparison))
+# Each round has more of what the one before had not yet learned; the last one adds the plans.
+MIX = ((0.20, 0.05, 0.35, 0.15, 0.25), (0.08, 0.04, 0.28, 0.30, 0.30), (0.08, 0.04, 0.50, 0.13, 0.25),
+       (0.08, 0.04, 0.60, 0.10, 0.18))
+FIRST = [ask for ask in toy.ASK.values() if ask is not toy.ask_plan]
+ASKED = (FIRST, [*FIRST, toy.ask_count, toy.ask_comparison],
+         [*FIRST, toy.ask_color, toy.ask_shape, toy.ask_comparison, toy.ask_comparison],
+         [*FIRST, toy.ask_comparison, toy.ask_plan, toy.ask_plan, toy.ask_plan, toy.ask_plan])
 
 
 def document(rng, turn=0):
@@ -128,14 +132,14 @@ def document(rng, turn=0):
     if kind == 1:
         return [(scene_map(scene), False), *asked("Describe the picture.", toy.caption(scene))]
     if kind == 2:
-        asks = rng.sample([*toy.ASK.values(), *MORE[turn]], len(toy.ASK) + len(MORE[turn]))
+        asks = rng.sample(ASKED[turn], len(ASKED[turn]))
         return [(scene_map(scene), False), *(piece for ask in asks for piece in asked(*ask(scene, rng)))]
     if kind == 3:
         other = toy.random_scene(rng)
-        first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range((1, 4, 4)[turn])]
+        first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range((1, 4, 4, 4)[turn])]
         return [("In: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
                 ("\n" + first[0][0].removeprefix("In: "), False), first[1], *(piece for pair in more for piece in pair)]
-    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, (2, 6, 6)[turn]), k=3)
+    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, (2, 6, 6, 6)[turn]), k=3)
     return [piece for ask in asks for piece in asked(*ask(rng))]
 
 
@@ -200,7 +204,7 @@ def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
     recent = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, steps, (2e-3, 1e-3, 1e-3)[turn])
+            group["lr"] = schedule(step, steps, (2e-3, 1e-3, 1e-3, 1e-3)[turn])
         input_ids, labels = next(source)
         states = model.base_model(input_ids, use_cache=False).last_hidden_state                   # (B, T, D)
         learned = labels[:, 1:] != IGNORE
@@ -256,11 +260,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
     parser.add_argument("--vision_steps", type=int, default=1500)
-    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 10000, 5000),
+    parser.add_argument("--language_steps", type=int, nargs="+", default=(20000, 10000, 5000, 3000),
                         help="of each round; 0 writes a random model, to compare with")
     parser.add_argument("--first_round", type=int, default=0, help="1 goes on from the llm that is there")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
     args = parser.parse_args()
+    if len(args.language_steps) > len(MIX):
+        parser.error(f"--language_steps: there are {len(MIX)} rounds, found {len(args.language_steps)} numbers")
     torch.manual_seed(0)
     if args.only != "llm":
         train_vision(args.vision_steps, args.out)

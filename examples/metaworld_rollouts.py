@@ -1,0 +1,57 @@
+"""Closed loop in Meta-World: how often a policy does its task in the simulator that its demonstrations came from.
+
+    pip install metaworld==3.1.1 mujoco==3.3.0
+    python examples/metaworld_rollouts.py --ckpt runs/metaworld --rollouts 20       # MUJOCO_GL=egl or osmesa: no screen
+
+The policy sees what the demonstrations show: the camera "corner", turned upright, 96 x 96. Starts differ by their seed.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import gymnasium
+import metaworld  # noqa: F401  (registers the environments)
+import numpy as np
+from metaworld.policies import ENV_POLICY_MAP
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from generate import Assistant  # noqa: E402
+
+TASKS = {"press the button from above": "button-press-topdown-v3", "push the drawer closed": "drawer-close-v3",
+         "move the gripper to the goal": "reach-v3"}
+
+
+def rollout(env, seed, steps, act):
+    """Whether the task was done at any moment. act(picture, what the simulator knows) -> action."""
+    known, _ = env.reset(seed=seed)
+    for _ in range(steps):
+        picture = Image.fromarray(np.flipud(env.render()))
+        known, _, _, _, info = env.step(np.clip(act(picture, known), -1, 1).astype(np.float32))
+        if info["success"]:
+            return True
+    return False
+
+
+def main(ckpt, rollouts, steps):
+    assistant = Assistant(ckpt)
+    for instruction, name in TASKS.items():
+        expert = ENV_POLICY_MAP[name]()
+        policies = {"policy": lambda picture, known: assistant.act([[picture]], [instruction])[0],
+                    "expert": lambda picture, known: expert.get_action(known)}
+        for who, act in policies.items():
+            done = 0
+            for seed in range(1000, 1000 + rollouts):       # an environment of its own for each seed: it fixes the goal
+                env = gymnasium.make("Meta-World/MT1", env_name=name, seed=seed, render_mode="rgb_array",
+                                     camera_name="corner", width=96, height=96)
+                done += rollout(env, seed, steps, act)
+                env.close()
+            print(f"{instruction:<30} {who:<8} {done} of {rollouts}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--ckpt", required=True, help="run folder of stage vla")
+    parser.add_argument("--rollouts", type=int, default=20, help="of each task (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="longest rollout (%(default)s)")
+    main(**vars(parser.parse_args()))
