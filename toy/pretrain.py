@@ -25,6 +25,7 @@ from transformers import (GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import toy  # noqa: E402
+import toy_robot  # noqa: E402
 
 PATCH = 16
 SIDE = toy.PIXELS // PATCH                                  # 6: a picture is 6 x 6 patches, a cell 2 x 2 of them
@@ -43,13 +44,30 @@ def schedule(step, steps, peak):
 
 # -- vision ----------------------------------------------------------------------------------------------------------
 
-def patch_labels(scene):
-    """For each patch the thing of its cell: (color, shape), each (36,), 0 = nothing there."""
+def patch_labels(scene, gripper=None, is_open=True):
+    """For each patch: color and shape of the thing of its cell, and the gripper if it is near -> (3, 36), 0 = none."""
     things = {thing.cell: thing for thing in scene}
     colors, shapes = list(toy.COLORS), toy.SHAPES
-    here = [things.get(cell_of(patch)) for patch in range(SIDE * SIDE)]
+    patches = range(SIDE * SIDE)
+    here = [things.get(cell_of(patch)) for patch in patches]
+    centers = [((patch % SIDE + 0.5) * PATCH, (patch // SIDE + 0.5) * PATCH) for patch in patches]
+    near = [gripper is not None and max(abs(gripper - center)) < PATCH for center in centers]
     return ([0 if t is None else 1 + colors.index(t.color) for t in here],
-            [0 if t is None else 1 + shapes.index(t.shape) for t in here])
+            [0 if t is None else 1 + shapes.index(t.shape) for t in here],
+            [(1 if is_open else 2) if n else 0 for n in near])
+
+
+def labeled_picture(rng):
+    """A scene, half of them under the gripper of toy_robot.py -> pixels (H, W, 3), labels (3, 36)."""
+    scene = toy.random_scene(rng)
+    if rng.random() < 0.5:
+        return np.asarray(toy.draw(scene, rng)), patch_labels(scene)
+    table = toy_robot.Table(toy_robot.Task(scene, 0, 1), rng)
+    table.open = rng.random() < 0.5
+    if not table.open and rng.random() < 0.5:               # it holds a thing, which left its cell
+        table.take(rng.randrange(len(scene)))
+    lying = [thing for i, thing in enumerate(scene) if i != table.held]
+    return np.asarray(table.picture()), patch_labels(lying, table.gripper, table.open)
 
 
 @torch.no_grad()
@@ -69,11 +87,11 @@ def train_vision(steps, out, batch=64, pictures=12000):
     config = SiglipVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                                 image_size=toy.PIXELS, patch_size=PATCH, vision_use_head=False)
     model = SiglipVisionModel(config)
-    heads = nn.ModuleList([nn.Linear(128, 1 + len(toy.COLORS)), nn.Linear(128, 1 + len(toy.SHAPES))])
+    heads = nn.ModuleList([nn.Linear(128, 1 + kinds) for kinds in (len(toy.COLORS), len(toy.SHAPES), 2)])
     rng = random.Random(1)
-    scenes = [toy.random_scene(rng) for _ in range(pictures)]
-    pixels = torch.from_numpy(np.stack([np.asarray(toy.draw(scene, rng)) for scene in scenes]))     # (n, H, W, 3)
-    labels = torch.tensor([patch_labels(scene) for scene in scenes])                                # (n, 2, 36)
+    pixels, labels = zip(*(labeled_picture(rng) for _ in range(pictures)))
+    pixels = torch.from_numpy(np.stack(pixels))                                         # (n, H, W, 3)
+    labels = torch.tensor(labels)                                                       # (n, 3, 36)
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05, fused=True)
     for step in range(steps):
@@ -86,14 +104,15 @@ def train_vision(steps, out, batch=64, pictures=12000):
             # The second-to-last block is what a VLM reads; the last one is trained along so that it means something.
             logits = [[head(state).float() for head in heads] for state in states[-2:]]
         loss = sum(F.cross_entropy(logits[s][h].flatten(0, 1), labels[pick, h].flatten())
-                   for s in range(2) for h in range(2)) / 4
+                   for s in range(2) for h in range(3)) / 6
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99:
-            right = [(logits[0][h].argmax(-1) == labels[pick, h]).float().mean().item() for h in range(2)]
-            print(f"vision {step + 1}/{steps} loss {loss.item():.4f} color {right[0]:.4f} shape {right[1]:.4f}", flush=True)
+            right = [(logits[0][h].argmax(-1) == labels[pick, h]).float().mean().item() for h in range(3)]
+            print(f"vision {step + 1}/{steps} loss {loss.item():.4f} right: color {right[0]:.4f} "
+                  f"shape {right[1]:.4f} gripper {right[2]:.4f}", flush=True)
     scale_features(model, x)
     model.to(torch.bfloat16).save_pretrained(out / "vit")
     SiglipImageProcessorPil(size={"height": toy.PIXELS, "width": toy.PIXELS}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
