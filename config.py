@@ -156,7 +156,8 @@ PRESETS = {
                           "epochs": 1, "learning_rate": 3e-4, "weight_decay": 0.01},
         "vla": {"train_json": "data/toy_robot/train.json",
                 "image_dir": "data/toy_robot/images", "prepare": "toy_robot.py",
-                "epochs": 3, "learning_rate": 5e-4, "weight_decay": 0.01, "length_window": 0}},
+                "trains": "projector,llm", "epochs": 4, "learning_rate": 5e-4, "weight_decay": 0.01,
+                "length_window": 0}},
     "single-gpu": {
         "": {"vision_backbone": "google/siglip-base-patch16-224",
              "llm_backbone": "HuggingFaceTB/SmolLM2-360M-Instruct"},

@@ -1,14 +1,15 @@
 """A robot in the drawn world: the default data of stage `vla`. Nothing is downloaded.
 
 A table seen from above, two to four colored shapes as in toy.py, and a gripper. The task is one sentence,
-such as "put the red circle on the blue square". Places are in pixels of the picture, x to the right, y down.
-An action is (x, y, grip): where to move, of which one action does at most STEP on each axis; grip 1 = open, 0 = close.
+such as "put the red circle on the blue square". Places are in pixels of the picture, row first: (0, 0) is the
+top left corner. An action is (row, column, grip): where to move, of which one action does at most STEP on each
+axis; grip 1 = open, 0 = close.
 
     python toy_robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
 
 The expert's next action depends only on what the picture shows: a policy can learn it from single pictures.
-While it is recorded, noise pushes the gripper off its way and opens or closes it at the wrong time: so the
-data shows how to recover.
+While it is recorded, noise pushes the gripper off its way and opens or closes it at the wrong time: so the data
+shows how to recover.
 """
 import argparse
 import json
@@ -22,13 +23,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 import toy
 
-STEP = 12.0                                                 # one action moves so far on each axis, at most [pixels]
-REACH = 12.0                                                # a closing gripper takes what is so near [pixels]
-GRID = 8.0                                                  # the expert names places in multiples of it [pixels]
-NEAR = 12.0                                                 # the expert closes, opens from here [pixels]
-ON = 12.0                                                   # "on" = centers so near [pixels]
-HELD = 0.6                                                  # what is held looks so much smaller: else it hides the target
-MARGIN = 13.0                                               # the gripper stays so far from the edge
+STEP = 20.0                                         # one action moves so far on each axis, at most [pixels]
+REACH = 12.0                                        # a closing gripper takes what is so near [pixels]
+GRID = 8.0                                          # the expert names places in multiples of it [pixels]
+NEAR = 12.0                                         # the expert closes, opens from here [pixels]
+ON = 12.0                                           # "on" = centers so near [pixels]
+HELD = 0.6                                          # a held thing looks smaller, or it would hide the target
+MARGIN = 13.0                                       # the gripper stays so far from the edge [pixels]
 MOST_STEPS = 30
 
 
@@ -82,8 +83,8 @@ class Table:
         self.task, self.instruction = task, str(task)
         cell, paper = toy.PIXELS / 3, rng.randint(225, 250)
         self.paper = (paper, paper, paper - rng.randint(0, 12))
-        self.places = np.array([((t.cell % 3 + 0.5) * cell + rng.uniform(-3, 3),            # (things, 2)
-                                 (t.cell // 3 + 0.5) * cell + rng.uniform(-3, 3)) for t in task.scene])
+        self.places = np.array([((t.cell // 3 + 0.5) * cell + rng.uniform(-3, 3),           # (things, 2)
+                                 (t.cell % 3 + 0.5) * cell + rng.uniform(-3, 3)) for t in task.scene])
         self.looks = []                                     # color, radius, angle: varied as by toy.draw
         for thing in task.scene:
             shade = rng.uniform(0.88, 1.05)
@@ -99,7 +100,7 @@ class Table:
         self.stack.append(i)
 
     def step(self, action):
-        """(x, y, grip): first the gripper moves, with what it holds, then it opens or closes."""
+        """(row, column, grip): first the gripper moves, with what it holds, then it opens or closes."""
         move = np.clip(action[:2] - self.gripper, -STEP, STEP)
         self.gripper = np.clip(self.gripper + move, MARGIN, toy.PIXELS - MARGIN)
         if self.held is not None:
@@ -124,11 +125,12 @@ class Table:
         """The next action towards the goal of the task (its own, if not told another)."""
         thing, target = (task or self.task)[1:]
         if self.success(task) or self.held not in (None, thing):
-            return np.array([*self.on_grid(self.places[thing]), 1.0])       # done, or the wrong thing is held: open
+            return np.array([*self.on_grid(self.places[thing]), 1.0])   # done, or the wrong thing is held
         holds = self.held == thing
         goal = self.places[target if holds else thing]
         near = np.linalg.norm(goal - self.gripper) <= NEAR
-        return np.array([*self.on_grid(goal), float(near == holds)])        # near: close on the thing, open over the target
+        # Near: close on the thing, open over the target.
+        return np.array([*self.on_grid(goal), float(near == holds)])
 
     @staticmethod
     def on_grid(place):
@@ -141,15 +143,16 @@ class Table:
         canvas = ImageDraw.Draw(image)
         for i in self.stack:
             color, radius, angle = self.looks[i]
-            x, y = self.places[i] * fine
+            y, x = self.places[i] * fine
             size = radius * (HELD if i == self.held else 1) * fine
             toy.draw_shape(canvas, self.task.scene[i].shape, color, x, y, size, angle)
         # Open or closed decides what comes next, so a lamp shows it too. Nothing else has these two colors.
-        x, y = self.gripper * fine
+        y, x = self.gripper * fine
         gap, color = (15 * fine, (30, 30, 34)) if self.open else (7 * fine, (255, 90, 200))
-        for side in (-gap, gap):                            # two fingers and, above the thing, what joins them
-            canvas.rectangle((x + side - 2.5 * fine, y - 11 * fine, x + side + 2.5 * fine, y + 8 * fine), fill=color)
-        canvas.rectangle((x - gap, y - 11 * fine, x + gap, y - 8 * fine), fill=color)
+        thick, up, down = 3 * fine, y - 11 * fine, y + 8 * fine
+        for side in (x - gap, x + gap):                     # two fingers and, above the thing, what joins them
+            canvas.rectangle((side - thick, up, side + thick, down), fill=color)
+        canvas.rectangle((x - gap, up, x + gap, up + thick), fill=color)
         return image.reduce(fine)
 
 
@@ -158,9 +161,9 @@ def random_start(table, rng):
     luck = rng.random()
     if luck < 0.25:
         table.take(table.task.thing)
-    elif luck < 0.30:
-        table.take(rng.choice([i for i in table.stack if i != table.task.thing]))
     elif luck < 0.35:
+        table.take(rng.choice([i for i in table.stack if i != table.task.thing]))
+    elif luck < 0.40:
         table.step([*table.gripper, 0])
 
 
@@ -181,7 +184,7 @@ def record(task, rng, noise=4.0, slip=0.06):
     return steps
 
 
-def write(folder, seed=0, episodes=2500):
+def write(folder, seed=0, episodes=4000):
     folder, rng = Path(folder), random.Random(seed)
     for split, count in (("val", max(1, episodes // 20)), ("train", episodes)):  # train last: all is there
         rows = []
@@ -252,5 +255,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", default="data/toy_robot", help="where to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world (%(default)s)")
-    parser.add_argument("--episodes", type=int, default=2500, help="how many for training (%(default)s)")
+    parser.add_argument("--episodes", type=int, default=4000, help="how many for training (%(default)s)")
     write(**vars(parser.parse_args()))

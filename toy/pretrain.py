@@ -50,7 +50,7 @@ def patch_labels(scene, gripper=None, is_open=True):
     colors, shapes = list(toy.COLORS), toy.SHAPES
     patches = range(SIDE * SIDE)
     here = [things.get(cell_of(patch)) for patch in patches]
-    centers = [((patch % SIDE + 0.5) * PATCH, (patch // SIDE + 0.5) * PATCH) for patch in patches]
+    centers = [((patch // SIDE + 0.5) * PATCH, (patch % SIDE + 0.5) * PATCH) for patch in patches]
     near = [gripper is not None and max(abs(gripper - center)) < PATCH for center in centers]
     return ([0 if t is None else 1 + colors.index(t.color) for t in here],
             [0 if t is None else 1 + shapes.index(t.shape) for t in here],
