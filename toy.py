@@ -1,7 +1,7 @@
 """A small drawn world: the default data of this project. Nothing is downloaded.
 
-A scene is two to four colored shapes on a 3 x 3 grid. From a seed come the pictures, their captions, questions about
-one or two pictures, and tasks that are text only, all as LLaVA JSON + PNG:
+A scene is two to four colored shapes on a 3 x 3 grid. From a seed come the pictures, their captions,
+questions about one or two pictures, and tasks that are text only, all as LLaVA JSON + PNG:
 
     python toy.py                 # writes data/toy (seconds); `train.py` does it by itself on the first run
 
@@ -21,19 +21,19 @@ COLORS = {"red": (214, 45, 48), "green": (48, 158, 76), "blue": (44, 96, 214),
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
-PIXELS = 96                                                 # width and height of a picture; a cell is a third of it
+PIXELS = 96                                         # width and height of a picture; a cell is a third of it
 
 
 class Thing(NamedTuple):
     color: str
     shape: str
-    cell: int                                               # index into CELLS: reading order
+    cell: int                                       # index into CELLS: reading order
 
     def __str__(self):
         return f"{self.color} {self.shape}"
 
 
-# -- scenes and pictures ---------------------------------------------------------------------------------------------
+# -- scenes and pictures -------------------------------------------------------------------------------------
 
 def random_scene(rng):
     """Two to four things, no two of the same color and shape, in reading order.
@@ -54,7 +54,7 @@ def outline(shape, x, y, radius, angle):
         return [turned(radius * 1.15, i * math.tau / 3) for i in range(3)]
     if shape == "star":
         return [turned(radius * (1.15 if i % 2 == 0 else 0.45), i * math.tau / 10) for i in range(10)]
-    if shape == "heart":                                    # the classic curve: 16 sin^3 t, 13 cos t - 5 cos 2t - ...
+    if shape == "heart":                            # the classic curve: 16 sin^3 t, 13 cos t - 5 cos 2t - ...
         points = []
         for i in range(40):
             t = i * math.tau / 40
@@ -76,8 +76,9 @@ def draw_shape(canvas, shape, color, x, y, radius, angle=0.0):
 
 
 def draw(scene, rng):
-    """A picture of the scene. Place in the cell, size, tilt and shade vary: what the vision model must ignore."""
-    fine = 3                                                # drawn three times larger, then averaged: smooth edges
+    """A picture of the scene. Place in the cell, size, tilt and shade vary:
+    what the vision model must ignore."""
+    fine = 3                                        # drawn three times larger, then averaged: smooth edges
     paper = rng.randint(225, 250)
     image = Image.new("RGB", (PIXELS * fine, PIXELS * fine), (paper, paper, paper - rng.randint(0, 12)))
     canvas = ImageDraw.Draw(image)
@@ -91,7 +92,7 @@ def draw(scene, rng):
     return image.reduce(fine)
 
 
-# -- what can be said about a scene ----------------------------------------------------------------------------------
+# -- what can be said about a scene --------------------------------------------------------------------------
 
 def caption(scene):
     """
@@ -157,13 +158,15 @@ def ask_yes_no(scene, rng):
         color = rng.choice([c for c in COLORS if c != color])
     else:
         shape = rng.choice([s for s in SHAPES if s != shape])
-    return f"Is there {a_or_an(color)} {shape}?", yes_or_no(any((t.color, t.shape) == (color, shape) for t in scene))
+    return (f"Is there {a_or_an(color)} {shape}?",
+            yes_or_no(any((t.color, t.shape) == (color, shape) for t in scene)))
 
 
 def ask_plan(scene, rng):
     """What a robot would be asked (see toy_robot.py), answered in words: from where to where."""
     a, b = rng.sample(scene, 2)
-    return f"What action should the robot take to put the {a} on the {b}?", f"{CELLS[a.cell]} to {CELLS[b.cell]}"
+    return (f"What action should the robot take to put the {a} on the {b}?",
+            f"{CELLS[a.cell]} to {CELLS[b.cell]}")
 
 
 ASK = {"color": ask_color, "shape": ask_shape, "count": ask_count, "position": ask_position,
@@ -178,7 +181,8 @@ def ask_two(first, second, rng):
         return "Which picture has more shapes?", "same" if n == m else "first" if n > m else "second"
     thing = rng.choice(first + second)
     what = f"{a_or_an(thing.color)} {thing.shape}"
-    one, two = (any((t.color, t.shape) == (thing.color, thing.shape) for t in scene) for scene in (first, second))
+    one, two = (any((t.color, t.shape) == (thing.color, thing.shape) for t in scene)
+                for scene in (first, second))
     if kind == 1:
         return f"Which picture has {what}?", "both" if one and two else "first" if one else "second"
     name, truth = rng.choice((("first", one), ("second", two)))
@@ -208,13 +212,14 @@ def ask_text_scene(rng):
 ASK_TEXT = {"text_reverse": ask_reverse, "text_odd": ask_odd, "text_scene": ask_text_scene}
 
 
-# -- the files -------------------------------------------------------------------------------------------------------
+# -- the files -----------------------------------------------------------------------------------------------
 
 def turns(pairs, images=0):
     """[(question, answer), ...] as LLaVA turns, the picture tags in the first."""
     tags = "<image>\n" * images
     return [turn for i, (question, answer) in enumerate(pairs) for turn in
-            ({"from": "human", "value": (tags if i == 0 else "") + question}, {"from": "gpt", "value": answer})]
+            ({"from": "human", "value": (tags if i == 0 else "") + question},
+             {"from": "gpt", "value": answer})]
 
 
 class Writer:
@@ -262,8 +267,8 @@ class Writer:
         return rows
 
     def text(self, split, count, kind):
-        return [{"id": f"{split}_{kind}_{i}", "type": kind, "conversations": turns([ASK_TEXT[kind](self.rng)])}
-                for i in range(count)]
+        return [{"id": f"{split}_{kind}_{i}", "type": kind,
+                 "conversations": turns([ASK_TEXT[kind](self.rng)])} for i in range(count)]
 
     def save(self, name, rows):
         self.rng.shuffle(rows)
@@ -274,10 +279,12 @@ class Writer:
 
 
 def write(folder, seed=0, scale=1.0):
-    """align.json, finetune.json (training), val_align.json, val.json (scored by a run), test.json (for you)."""
+    """align.json, finetune.json (training),
+    val_align.json, val.json (scored by a run), test.json (for you)."""
     n = lambda count: max(1, round(count * scale))
     writer = Writer(folder, seed)
-    for split, each in (("test", n(100)), ("val", n(50))):  # first, so that they do not depend on the training size
+    # First, so that they do not depend on the training size.
+    for split, each in (("test", n(100)), ("val", n(50))):
         rows = writer.captions(split, each)
         if split == "val":
             writer.save("val_align.json", writer.captions("val", n(100)))
@@ -290,13 +297,15 @@ def write(folder, seed=0, scale=1.0):
                 + writer.questions("train", n(3200), list(ASK), pairs=3)
                 + [row for kind, count in (("text_reverse", 300), ("text_odd", 300), ("text_scene", 900))
                    for row in writer.text("train", n(count), kind)])
-    writer.save("align.json", writer.captions("train", n(6000)))     # last: whoever finds it finds all of them
+    writer.save("align.json", writer.captions("train", n(6000)))    # last: whoever finds it finds all of them
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", default="data/toy", help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="times as many examples (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="another seed is another world (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="times as many examples (default: %(default)s)")
     args = parser.parse_args()
     write(args.folder, args.seed, args.scale)

@@ -2,14 +2,14 @@
 
 A table seen from above, two to four colored shapes as in toy.py, and a gripper. The task is one sentence,
 such as "put the red circle on the blue square". Places are in pixels of the picture, row first: (0, 0) is the
-top left corner. An action is (row, column, grip): where to move, of which one action does at most STEP on each
-axis; grip 1 = open, 0 = close.
+top left corner. An action is (row, column, grip): where to move, of which one action does at most STEP on
+each axis; grip 1 = open, 0 = close.
 
     python toy_robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
 
 The expert's next action depends only on what the picture shows: a policy can learn it from single pictures.
-While it is recorded, noise pushes the gripper off its way and opens or closes it at the wrong time: so the data
-shows how to recover.
+While it is recorded, noise pushes the gripper off its way and opens or closes it at the wrong time: so the
+data shows how to recover.
 """
 import argparse
 import json
@@ -150,7 +150,7 @@ class Table:
         y, x = self.gripper * fine
         gap, color = (15 * fine, (30, 30, 34)) if self.open else (7 * fine, (255, 90, 200))
         thick, up, down = 3 * fine, y - 11 * fine, y + 8 * fine
-        for side in (x - gap, x + gap):                     # two fingers and, above the thing, what joins them
+        for side in (x - gap, x + gap):                 # two fingers and, above the thing, what joins them
             canvas.rectangle((side - thick, up, side + thick, down), fill=color)
         canvas.rectangle((x - gap, up, x + gap, up + thick), fill=color)
         return image.reduce(fine)

@@ -1,9 +1,12 @@
-"""Closed loop in Meta-World: how often a policy does its task in the simulator that its demonstrations came from.
+"""Closed loop in Meta-World: how often a policy does its task in the simulator
+that its demonstrations came from.
 
     pip install metaworld==3.1.1 mujoco==3.3.0
-    python examples/metaworld_rollouts.py --ckpt runs/metaworld --rollouts 20       # MUJOCO_GL=egl or osmesa: no screen
+    python examples/metaworld_rollouts.py --ckpt runs/metaworld --rollouts 20   # MUJOCO_GL=egl or osmesa:
+                                                                                  no screen
 
-The policy sees what the demonstrations show: the camera "corner", turned upright, 96 x 96. Starts differ by their seed.
+The policy sees what the demonstrations show: the camera "corner", turned upright, 96 x 96.
+Starts differ by their seed.
 """
 import argparse
 import sys
@@ -18,7 +21,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import Assistant  # noqa: E402
 
-TASKS = {"press the button from above": "button-press-topdown-v3", "push the drawer closed": "drawer-close-v3",
+TASKS = {"press the button from above": "button-press-topdown-v3",
+         "push the drawer closed": "drawer-close-v3",
          "move the gripper to the goal": "reach-v3"}
 
 
@@ -41,7 +45,8 @@ def main(ckpt, rollouts, steps):
                     "expert": lambda picture, known: expert.get_action(known)}
         for who, act in policies.items():
             done = 0
-            for seed in range(1000, 1000 + rollouts):       # an environment of its own for each seed: it fixes the goal
+            # An environment of its own for each seed: it fixes the goal.
+            for seed in range(1000, 1000 + rollouts):
                 env = gymnasium.make("Meta-World/MT1", env_name=name, seed=seed, render_mode="rgb_array",
                                      camera_name="corner", width=96, height=96)
                 done += rollout(env, seed, steps, act)

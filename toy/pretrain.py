@@ -3,9 +3,10 @@
     python toy/pretrain.py            # writes toy/vit and toy/llm
 
 toy/vit  a SigLIP-type vision transformer. It learned which thing, if any, lies behind each patch.
-toy/llm  a GPT-2-type language model. It never saw a picture. It read texts about the same world, among them "maps": a
-         scene written as one word per patch, ". redcircle redcircle . ...", with a caption or a question after it. That
-         is the place where `align` later puts the projected patches: the projector has to find the words.
+toy/llm  a GPT-2-type language model. It never saw a picture. It read texts about the same world, among them
+         "maps": a scene written as one word per patch, ". redcircle redcircle . ...", with a caption or a
+         question after it. That is the place where `align` later puts the projected patches: the projector
+         has to find the words.
 """
 import argparse
 import copy
@@ -28,8 +29,8 @@ import toy  # noqa: E402
 import toy_robot  # noqa: E402
 
 PATCH = 16
-SIDE = toy.PIXELS // PATCH                                  # 6: a picture is 6 x 6 patches, a cell 2 x 2 of them
-SPARE = 256                                                 # unused ids at the end of the vocabulary, for robot actions
+SIDE = toy.PIXELS // PATCH                      # 6: a picture is 6 x 6 patches, a cell 2 x 2 of them
+SPARE = 256                                     # unused ids at the end of the vocabulary, for robot actions
 IGNORE = -100
 
 
@@ -42,10 +43,11 @@ def schedule(step, steps, peak):
     return peak * min((step + 1) / (0.03 * steps), 0.5 * (1 + np.cos(np.pi * step / steps)))
 
 
-# -- vision ----------------------------------------------------------------------------------------------------------
+# -- vision --------------------------------------------------------------------------------------------------
 
 def patch_labels(scene, gripper=None, is_open=True):
-    """For each patch: color and shape of the thing of its cell, and the gripper if it is near -> (3, 36), 0 = none."""
+    """For each patch: color and shape of the thing of its cell, and the gripper if it is near
+    -> (3, 36), 0 = none."""
     things = {thing.cell: thing for thing in scene}
     colors, shapes = list(toy.COLORS), toy.SHAPES
     patches = range(SIDE * SIDE)
@@ -74,8 +76,9 @@ def labeled_picture(rng):
 def scale_features(model, pixels):
     """Scales the residual stream so that the second-to-last block's features have a standard deviation of 1.
 
-    Each block normalizes what it reads, so the model computes the same. But a fresh projector expects numbers around 1;
-    from larger ones it makes words so long that the language model's position embeddings drown in them.
+    Each block normalizes what it reads, so the model computes the same. But a fresh projector expects
+    numbers around 1; from larger ones it makes words so long that the language model's position embeddings
+    drown in them.
     """
     scale = model(pixels, output_hidden_states=True).hidden_states[-2].std()
     for name, parameter in model.named_parameters():
@@ -84,8 +87,9 @@ def scale_features(model, pixels):
 
 
 def train_vision(steps, out, batch=64, pictures=12000):
-    config = SiglipVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
-                                image_size=toy.PIXELS, patch_size=PATCH, vision_use_head=False)
+    config = SiglipVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=5,
+                                num_attention_heads=4, image_size=toy.PIXELS, patch_size=PATCH,
+                                vision_use_head=False)
     model = SiglipVisionModel(config)
     heads = nn.ModuleList([nn.Linear(128, 1 + kinds) for kinds in (len(toy.COLORS), len(toy.SHAPES), 2)])
     rng = random.Random(1)
@@ -98,10 +102,11 @@ def train_vision(steps, out, batch=64, pictures=12000):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, steps, 1e-3)
         pick = torch.randint(pictures, (batch,))
-        x = pixels[pick].permute(0, 3, 1, 2).float() / 127.5 - 1                                    # (B, 3, H, W)
+        x = pixels[pick].permute(0, 3, 1, 2).float() / 127.5 - 1                        # (B, 3, H, W)
         with torch.autocast("cpu", torch.bfloat16):
             states = model(x, output_hidden_states=True).hidden_states
-            # The second-to-last block is what a VLM reads; the last one is trained along so that it means something.
+            # The second-to-last block is what a VLM reads; the last one is trained along
+            # so that it means something.
             logits = [[head(state).float() for head in heads] for state in states[-2:]]
         loss = sum(F.cross_entropy(logits[s][h].flatten(0, 1), labels[pick, h].flatten())
                    for s in range(2) for h in range(3)) / 6
@@ -115,11 +120,11 @@ def train_vision(steps, out, batch=64, pictures=12000):
                   f"shape {right[1]:.4f} gripper {right[2]:.4f}", flush=True)
     scale_features(model, x)
     model.to(torch.bfloat16).save_pretrained(out / "vit")
-    SiglipImageProcessorPil(size={"height": toy.PIXELS, "width": toy.PIXELS}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-                            resample=3, do_convert_rgb=True).save_pretrained(out / "vit")
+    SiglipImageProcessorPil(size={"height": toy.PIXELS, "width": toy.PIXELS}, image_mean=[0.5] * 3,
+                            image_std=[0.5] * 3, resample=3, do_convert_rgb=True).save_pretrained(out / "vit")
 
 
-# -- language --------------------------------------------------------------------------------------------------------
+# -- language ------------------------------------------------------------------------------------------------
 
 def scene_map(scene):
     """The scene as one word per patch, in the order of the patches."""
@@ -129,7 +134,8 @@ def scene_map(scene):
 
 
 def asked(question, answer):
-    """The prompt format that training uses for it (`plain` in data.py), as an instruction-tuned model knows its own."""
+    """The prompt format that training uses for it (`plain` in data.py),
+    as an instruction-tuned model knows its own."""
     return [(f"In: {question}\nOut:", False), (f" {answer}", True)]
 
 
@@ -157,7 +163,8 @@ def document(rng, turn=0):
         other = toy.random_scene(rng)
         first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range((1, 4, 4, 4)[turn])]
         return [("In: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
-                ("\n" + first[0][0].removeprefix("In: "), False), first[1], *(piece for pair in more for piece in pair)]
+                ("\n" + first[0][0].removeprefix("In: "), False), first[1],
+                *(piece for pair in more for piece in pair)]
     asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, (2, 6, 6, 6)[turn]), k=3)
     return [piece for ask in asks for piece in asked(*ask(rng))]
 
@@ -166,7 +173,8 @@ def make_tokenizer():
     """Byte-level BPE: any text can be written, the toy's words are one token each."""
     rng = random.Random(2)
     texts = ["".join(text for text, _ in document(rng)) for _ in range(20000)]
-    texts += [f" {color}{shape}" * 2000 for color in toy.COLORS for shape in toy.SHAPES]   # no rare thing: one word each
+    # No rare thing: one word each.
+    texts += [f" {color}{shape}" * 2000 for color in toy.COLORS for shape in toy.SHAPES]
     split = lambda: pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = split()
@@ -179,8 +187,10 @@ def make_tokenizer():
     whole = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     whole.pre_tokenizer, whole.decoder = split(), decoders.ByteLevel()
     whole.add_special_tokens(["<s>", "</s>", "<pad>"])
-    whole.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    whole.post_processor = processors.TemplateProcessing(single="<s> $A",
+                                                         special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=whole,
+                                   bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def encode_documents(documents, tokenizer):
@@ -204,7 +214,8 @@ def encode_documents(documents, tokenizer):
 def batches(rng, tokenizer, turn, batch, pool=8):
     """Documents without end, those of like length together: a batch is as long as its longest."""
     while True:
-        documents = sorted((document(rng, turn) for _ in range(batch * pool)), key=lambda d: sum(len(text) for text, _ in d))
+        documents = sorted((document(rng, turn) for _ in range(batch * pool)),
+                           key=lambda d: sum(len(text) for text, _ in d))
         for i in rng.sample(range(pool), pool):
             yield encode_documents(documents[i * batch:(i + 1) * batch], tokenizer)
 
@@ -212,11 +223,14 @@ def batches(rng, tokenizer, turn, batch, pool=8):
 def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
     """One round. A later one goes on from what the one before wrote."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm") if turn else make_tokenizer()
-    # Learned absolute positions: with rotary ones, four times the steps did not teach it where on the map a word stands.
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=hidden, n_layer=layers, n_head=hidden // 32,
+    # Learned absolute positions: with rotary ones, four times the steps did not teach it
+    # where on the map a word stands.
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024,
+                        n_embd=hidden, n_layer=layers, n_head=hidden // 32,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = GPT2LMHeadModel.from_pretrained(out / "llm", dtype=torch.float32) if turn else GPT2LMHeadModel(config)
+    model = (GPT2LMHeadModel.from_pretrained(out / "llm", dtype=torch.float32) if turn
+             else GPT2LMHeadModel(config))
     print(f"language: {len(tokenizer)} words, {sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     source = batches(random.Random(3 + 10 * turn), tokenizer, turn, batch)
@@ -236,7 +250,8 @@ def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
         optimizer.zero_grad(set_to_none=True)
         recent.append((logits.argmax(-1) == target).float().mean().item())
         if step % 1000 == 999:
-            print(f"language {step + 1}/{steps} loss {loss.item():.4f} tokens right {np.mean(recent[-1000:]):.4f}", flush=True)
+            print(f"language {step + 1}/{steps} loss {loss.item():.4f} "
+                  f"tokens right {np.mean(recent[-1000:]):.4f}", flush=True)
             score_language(model, tokenizer)
             save_language(model, tokenizer, out)
     save_language(model, tokenizer, out)
@@ -285,7 +300,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write vit/ and llm/ into")
     args = parser.parse_args()
     if len(args.language_steps) > len(MIX):
-        parser.error(f"--language_steps: there are {len(MIX)} rounds, found {len(args.language_steps)} numbers")
+        parser.error(f"--language_steps: there are {len(MIX)} rounds, "
+                     f"found {len(args.language_steps)} numbers")
     torch.manual_seed(0)
     if args.only != "llm":
         train_vision(args.vision_steps, args.out)
