@@ -126,7 +126,7 @@ def test_open_closed_and_held_can_be_seen():
     pictures.append(table.picture())
     open_, closed, held = (np.asarray(picture).astype(int) for picture in pictures)
     for one, other in ((open_, closed), (closed, held)):
-        assert (np.abs(one - other).max(-1) > 60)[15:45, 28:68].sum() > 60
+        assert (np.abs(one - other).max(-1) > 60)[33:63, 10:50].sum() > 60
 
 
 def test_film_strips_show_successes_and_failures(tmp_path):
