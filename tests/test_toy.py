@@ -14,10 +14,11 @@ ANSWERS = {
                  "Where is the red heart?": "bottom right"},
     "color": {"What color is the circle?": "red", "What color is the star?": "blue",
               "What color is the heart?": "red", "What color is the shape at top left?": "red",
-              "What color is the shape at center?": "blue", "What color is the shape at bottom right?": "red"},
+              "What color is the shape at center?": "blue",
+              "What color is the shape at bottom right?": "red"},
     "shape": {"What shape is blue?": "star", "What shape is at top left?": "circle",
               "What shape is at center?": "star", "What shape is at bottom right?": "heart"},
-    "comparison": {f"Is the {a} {where} the {b}?": answer for where in ("left of", "above") for a, b, answer in (
+    "comparison": {f"Is the {a} {how} the {b}?": answer for how in ("left of", "above") for a, b, answer in (
         ("red circle", "blue star", "yes"), ("red circle", "red heart", "yes"),
         ("blue star", "red heart", "yes"), ("blue star", "red circle", "no"),
         ("red heart", "red circle", "no"), ("red heart", "blue star", "no"))},
