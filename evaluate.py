@@ -178,15 +178,13 @@ def rollouts(assistant, cfg, out):
     def policy(pictures, instructions):
         if cfg.blank_images:
             pictures = [Image.new("RGB", picture.size) for picture in pictures]
-        if cfg.wrong_instruction:                           # the same two things, the other way round
-            pairs = [text.removeprefix("put the ").split(" on the ") for text in instructions]
-            instructions = [f"put the {target} on the {thing}" for thing, target in pairs]
         return np.concatenate([assistant.act([[picture] for picture in pictures[i:i + cfg.batch_size]],
                                              instructions[i:i + cfg.batch_size], cfg.unnorm_key)
                                for i in range(0, len(pictures), cfg.batch_size)])
+    told = toy_robot.swapped if cfg.wrong_instruction else lambda task: task
     scores, shown = {}, []
     for kind, unseen in (("unseen layouts", False), ("unseen pairs", True)):
-        results = toy_robot.rollout(policy, cfg.rollouts, unseen)
+        results = toy_robot.rollout(policy, cfg.rollouts, unseen, told)
         scores[kind] = {"success": sum(result["success"] for result in results) / len(results),
                         "count": len(results)}
         print(f"{kind:<16} {scores[kind]['success']:7.1%}   of {len(results)}", flush=True)

@@ -7,9 +7,9 @@ each axis; grip 1 = open, 0 = close.
 
     python toy_robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
 
-The expert's next action depends only on what the picture shows: a policy can learn it from single pictures.
-While it is recorded, noise pushes the gripper off its way and opens or closes it at the wrong time: so the
-data shows how to recover.
+The arm is not exact: each move misses its place a little. The expert's next action depends only on what the
+picture shows, so a policy can learn it from single pictures. While it is recorded, the gripper sometimes opens
+or closes at the wrong time, too: so the data shows how to recover.
 """
 import argparse
 import json
@@ -29,6 +29,7 @@ GRID = 8.0                                          # the expert names places in
 NEAR = 12.0                                         # the expert closes, opens from here [pixels]
 ON = 12.0                                           # "on" = centers so near [pixels]
 HELD = 0.6                                          # a held thing looks smaller, or it would hide the target
+NOISE = 4.0                                         # a move misses by so much (standard deviation) [pixels]
 MARGIN = 13.0                                       # the gripper stays so far from the edge [pixels]
 MOST_STEPS = 30
 
@@ -80,7 +81,7 @@ class Table:
     """A task's scene on a table, and a gripper over it."""
 
     def __init__(self, task, rng):
-        self.task, self.instruction = task, str(task)
+        self.task = task
         cell, paper = toy.PIXELS / 3, rng.randint(225, 250)
         self.paper = (paper, paper, paper - rng.randint(0, 12))
         self.places = np.array([((t.cell // 3 + 0.5) * cell + rng.uniform(-3, 3),           # (things, 2)
@@ -167,17 +168,21 @@ def random_start(table, rng):
         table.step([*table.gripper, 0])
 
 
-def record(task, rng, noise=4.0, slip=0.06):
+def inexact(action, rng):
+    return action + [rng.gauss(0, NOISE), rng.gauss(0, NOISE), 0]
+
+
+def record(task, rng, slip=0.06):
     """One episode of the expert: [(picture, action), ...].
 
-    Written down is its answer to what the picture shows. What happens has noise [pixels] and slips.
+    Written down is its answer to what the picture shows. What happens is inexact, and slips.
     """
     table, steps = Table(task, rng), []
     random_start(table, rng)
     while len(steps) < MOST_STEPS and not table.success():
         action = table.expert()
         steps.append((table.picture(), action))
-        moved = action + [rng.gauss(0, noise), rng.gauss(0, noise), 0]
+        moved = inexact(action, rng)
         if rng.random() < slip:
             moved[2] = 1 - moved[2]
         table.step(moved)
@@ -204,32 +209,37 @@ def write(folder, seed=0, episodes=4000):
         print(f"{folder / split}.json: {count} episodes, {sum(len(row['steps']) for row in rows)} steps")
 
 
-def rollout(policy, count, unseen=False, seed=1000):
+def swapped(task):
+    """The same two things, the other way round."""
+    return task._replace(thing=task.target, target=task.thing)
+
+
+def rollout(policy, count, unseen=False, told=lambda task: task, seed=1000):
     """Lets `policy(pictures, instructions) -> (n, 3)` act on `count` tables, each until done or time is up.
 
-    No layout is one of training's; `unseen`: nor is a pair of thing and target. Returns a dict per table:
-    instruction, success, pictures.
+    No layout is one of training's; `unseen`: nor is a pair of thing and target. `told` makes of a task what the
+    policy is told instead; when that is done, the table ends, too. Returns a dict per table: instruction,
+    success (of the table's own task), pictures.
     """
     kind = "unseen pairs" if unseen else "unseen layouts"
-    tables = []
-    for i in range(count):
-        rng = random.Random(seed + i)                       # table i is the same for any count
-        tables.append(Table(random_task(rng, kind), rng))
+    rngs = [random.Random(seed + i) for i in range(count)]  # table i is the same for any count
+    tables = [Table(random_task(rng, kind), rng) for rng in rngs]
+    tasks = [told(table.task) for table in tables]
     films, running = [[] for _ in tables], list(range(count))
     for _ in range(MOST_STEPS):
         pictures = [tables[i].picture() for i in running]
         for i, picture in zip(running, pictures):
             films[i].append(picture)
-        actions = policy(pictures, [tables[i].instruction for i in running])
+        actions = policy(pictures, [str(tasks[i]) for i in running])
         for i, action in zip(running, actions):
-            tables[i].step(action)
-        running = [i for i in running if not tables[i].success()]
+            tables[i].step(inexact(action, rngs[i]))
+        running = [i for i in running if not (tables[i].success() or tables[i].success(tasks[i]))]
         if not running:
             break
     for table, film in zip(tables, films):
         film.append(table.picture())
-    return [{"instruction": table.instruction, "success": table.success(), "pictures": film}
-            for table, film in zip(tables, films)]
+    return [{"instruction": str(task), "success": table.success(), "pictures": film}
+            for task, table, film in zip(tasks, tables, films)]
 
 
 def film_strips(results, path, rows=8, columns=10):

@@ -8,7 +8,8 @@ import pytest
 
 import toy_robot
 from toy import PIXELS
-from toy_robot import MOST_STEPS, STEP, Table, random_task, record, rollout, unseen_layout, unseen_pair
+from toy_robot import (MOST_STEPS, STEP, Table, random_task, record, rollout, swapped, unseen_layout,
+                       unseen_pair)
 
 KINDS = ("training", "unseen layouts", "unseen pairs")
 
@@ -24,10 +25,6 @@ def expert_succeeds(seed, noise=0.0, kind="training", told=None, start=None):
         if table.success():
             return True
     return False
-
-
-def swapped(task):
-    return task._replace(thing=task.target, target=task.thing)
 
 
 def other_thing(task):
@@ -112,7 +109,10 @@ def test_the_three_kinds_of_tasks_share_no_layout_and_no_held_out_pair(kind):
         assert unseen_pair(*(str(task.scene[i]) for i in task[1:])) == (kind == "unseen pairs")
     def stay(pictures, _):
         return np.zeros((len(pictures), 3))
-    assert [r["instruction"] for r in rollout(stay, 3)] == [r["instruction"] for r in rollout(stay, 5)][:3]
+    three = [result["instruction"] for result in rollout(stay, 3)]
+    assert three == [result["instruction"] for result in rollout(stay, 5)][:3]
+    for one, other in zip(three, [result["instruction"] for result in rollout(stay, 3, told=swapped)]):
+        assert one.removeprefix("put the ").split(" on the ")[::-1] == other.removeprefix("put the ").split(" on the ")
 
 
 def test_open_closed_and_held_can_be_seen():

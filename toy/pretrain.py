@@ -2,7 +2,8 @@
 
     python toy/pretrain.py            # writes toy/vit and toy/llm
 
-toy/vit  a SigLIP-type vision transformer. It learned which thing, if any, lies behind each patch.
+toy/vit  a SigLIP-type vision transformer. It learned which thing, if any, lies behind each patch,
+         and whether the robot's gripper is near it.
 toy/llm  a GPT-2-type language model. It never saw a picture. It read texts about the same world, among them
          "maps": a scene written as one word per patch, ". redcircle redcircle . ...", with a caption or a
          question after it. That is the place where `align` later puts the projected patches: the projector
