@@ -1,12 +1,11 @@
-"""Closed loop in Meta-World: how often a policy does its task in the simulator
-that its demonstrations came from.
+"""Closed loop in Meta-World: how often a policy does its task in the simulator of its demonstrations.
 
     pip install metaworld==3.1.1 mujoco==3.3.0
-    python examples/metaworld_rollouts.py --ckpt runs/metaworld --rollouts 20   # MUJOCO_GL=egl or osmesa:
-                                                                                  no screen
+    export MUJOCO_GL=egl                    # or osmesa: to draw without a screen
+    python examples/metaworld_rollouts.py --ckpt runs/metaworld --rollouts 20
 
-The policy sees what the demonstrations show: the camera "corner", turned upright, 96 x 96.
-Starts differ by their seed.
+The policy sees what the demonstrations show: the camera "corner4", turned upright, 96 x 96. Starts differ by
+their seed. The scripted expert, which knows where everything is, does the same tasks for comparison.
 """
 import argparse
 import sys
@@ -30,7 +29,7 @@ def rollout(env, seed, steps, act):
     """Whether the task was done at any moment. act(picture, what the simulator knows) -> action."""
     known, _ = env.reset(seed=seed)
     for _ in range(steps):
-        picture = Image.fromarray(np.flipud(env.render()))
+        picture = Image.fromarray(np.rot90(env.render(), 2))
         known, _, _, _, info = env.step(np.clip(act(picture, known), -1, 1).astype(np.float32))
         if info["success"]:
             return True
@@ -48,7 +47,7 @@ def main(ckpt, rollouts, steps):
             # An environment of its own for each seed: it fixes the goal.
             for seed in range(1000, 1000 + rollouts):
                 env = gymnasium.make("Meta-World/MT1", env_name=name, seed=seed, render_mode="rgb_array",
-                                     camera_name="corner", width=96, height=96)
+                                     camera_name="corner4", width=96, height=96)
                 done += rollout(env, seed, steps, act)
                 env.close()
             print(f"{instruction:<30} {who:<8} {done} of {rollouts}", flush=True)
