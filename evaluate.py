@@ -181,10 +181,9 @@ def rollouts(assistant, cfg, out):
         return np.concatenate([assistant.act([[picture] for picture in pictures[i:i + cfg.batch_size]],
                                              instructions[i:i + cfg.batch_size], cfg.unnorm_key)
                                for i in range(0, len(pictures), cfg.batch_size)])
-    told = toy_robot.swapped if cfg.wrong_instruction else lambda task: task
     scores, shown = {}, []
     for kind, unseen in (("unseen layouts", False), ("unseen pairs", True)):
-        results = toy_robot.rollout(policy, cfg.rollouts, unseen, told)
+        results = toy_robot.rollout(policy, cfg.rollouts, unseen, cfg.wrong_instruction)
         scores[kind] = {"success": sum(result["success"] for result in results) / len(results),
                         "count": len(results)}
         print(f"{kind:<16} {scores[kind]['success']:7.1%}   of {len(results)}", flush=True)

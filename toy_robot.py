@@ -8,8 +8,8 @@ each axis; grip 1 = open, 0 = close.
     python toy_robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
 
 The arm is not exact: each move misses its place a little. The expert's next action depends only on what the
-picture shows, so a policy can learn it from single pictures. While it is recorded, the gripper sometimes opens
-or closes at the wrong time, too: so the data shows how to recover.
+picture shows, so a policy can learn it from single pictures. While it is recorded, the gripper sometimes
+opens or closes at the wrong time, too: so the data shows how to recover.
 """
 import argparse
 import json
@@ -169,6 +169,7 @@ def random_start(table, rng):
 
 
 def inexact(action, rng):
+    """What the arm makes of an action, while episodes are recorded and in rollouts."""
     return action + [rng.gauss(0, NOISE), rng.gauss(0, NOISE), 0]
 
 
@@ -214,32 +215,32 @@ def swapped(task):
     return task._replace(thing=task.target, target=task.thing)
 
 
-def rollout(policy, count, unseen=False, told=lambda task: task, seed=1000):
+def rollout(policy, count, unseen=False, swap=False, seed=1000):
     """Lets `policy(pictures, instructions) -> (n, 3)` act on `count` tables, each until done or time is up.
 
-    No layout is one of training's; `unseen`: nor is a pair of thing and target. `told` makes of a task what the
-    policy is told instead; when that is done, the table ends, too. Returns a dict per table: instruction,
-    success (of the table's own task), pictures.
+    No layout is one of training's; `unseen`: nor is a pair of thing and target. `swap`: the policy is told
+    the task the other way round; when that is done, the table ends, too. Returns a dict per table:
+    instruction and success (of the table's own task), pictures.
     """
     kind = "unseen pairs" if unseen else "unseen layouts"
     rngs = [random.Random(seed + i) for i in range(count)]  # table i is the same for any count
     tables = [Table(random_task(rng, kind), rng) for rng in rngs]
-    tasks = [told(table.task) for table in tables]
+    told = [swapped(table.task) if swap else table.task for table in tables]
     films, running = [[] for _ in tables], list(range(count))
     for _ in range(MOST_STEPS):
         pictures = [tables[i].picture() for i in running]
         for i, picture in zip(running, pictures):
             films[i].append(picture)
-        actions = policy(pictures, [str(tasks[i]) for i in running])
+        actions = policy(pictures, [str(told[i]) for i in running])
         for i, action in zip(running, actions):
             tables[i].step(inexact(action, rngs[i]))
-        running = [i for i in running if not (tables[i].success() or tables[i].success(tasks[i]))]
+        running = [i for i in running if not (tables[i].success() or tables[i].success(told[i]))]
         if not running:
             break
     for table, film in zip(tables, films):
         film.append(table.picture())
-    return [{"instruction": str(task), "success": table.success(), "pictures": film}
-            for task, table, film in zip(tasks, tables, films)]
+    return [{"instruction": str(table.task), "success": table.success(), "pictures": film}
+            for table, film in zip(tables, films)]
 
 
 def film_strips(results, path, rows=8, columns=10):

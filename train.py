@@ -116,7 +116,7 @@ def main(cfg):
                     metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm,
                                **(policy.metrics(scores) if policy
                                   else {"accuracy": scores[0] / counts["tokens"]}),
-                               **of_the_data(counts, micro_batches, waited, time.perf_counter() - began)}
+                               **data_metrics(counts, micro_batches, waited, time.perf_counter() - began)}
                     metrics_file.write(json.dumps(metrics) + "\n")
                     metrics_file.flush()
                     bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", data=f"{metrics['data_wait']:.0%}",
@@ -207,7 +207,7 @@ def count_together(micro_batches, stop, device):
     return dict(zip(counts, all_sum(torch.tensor(list(counts.values()), device=device)).tolist()))
 
 
-def of_the_data(counts, micro_batches, waited, seconds):
+def data_metrics(counts, micro_batches, waited, seconds):
     """What metrics.jsonl says of a step's data, and of the time it took."""
     return {"tokens": counts["tokens"], "positions": counts["positions"],
             "padding": 1 - counts["real"] / counts["positions"], "replaced": counts["replaced"],

@@ -58,6 +58,15 @@ def test_every_kind_of_question_is_tested():
     assert {*ANSWERS, *SOME} == set(toy.ASK)
 
 
+def test_a_scene_is_drawn_only_once_even_if_there_are_few(tmp_path, monkeypatch):
+    pool = [(Thing(color, shape, 0), Thing("red", "heart", 8))
+            for color in toy.COLORS for shape in toy.SHAPES]
+    monkeypatch.setattr(toy, "random_scene", lambda rng: rng.choice(pool))
+    writer = toy.Writer(tmp_path, seed=0)
+    scenes, names = zip(*(writer.scene("test") for _ in pool))
+    assert set(scenes) == set(pool) and len(set(names)) == len(pool)
+
+
 def test_no_held_out_scene_occurs_in_training(tmp_path):
     toy.write(tmp_path, seed=3, scale=0.02)
     captions, pictures = {}, {}

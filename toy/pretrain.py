@@ -162,11 +162,11 @@ def document(rng, turn=0):
         return [(scene_map(scene), False), *(piece for ask in asks for piece in asked(*ask(scene, rng)))]
     if kind == 3:
         other = toy.random_scene(rng)
-        first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range((1, 4, 4, 4)[turn])]
+        first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range(4 if turn else 1)]
         return [("In: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
                 ("\n" + first[0][0].removeprefix("In: "), False), first[1],
                 *(piece for pair in more for piece in pair)]
-    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, (2, 6, 6, 6)[turn]), k=3)
+    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, 6 if turn else 2), k=3)
     return [piece for ask in asks for piece in asked(*ask(rng))]
 
 
@@ -238,7 +238,7 @@ def train_language(steps, out, turn, hidden=128, layers=4, batch=16):
     recent = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, steps, (2e-3, 1e-3, 1e-3, 1e-3)[turn])
+            group["lr"] = schedule(step, steps, 1e-3 if turn else 2e-3)
         input_ids, labels = next(source)
         states = model.base_model(input_ids, use_cache=False).last_hidden_state                   # (B, T, D)
         learned = labels[:, 1:] != IGNORE
