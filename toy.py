@@ -294,7 +294,8 @@ def write(folder, seed=0, scale=1.0):
             rows += writer.text(split, each, kind)
         writer.save(f"{split}.json", rows + writer.two_pictures(split, each))
     writer.save("finetune.json", writer.captions("train", n(300)) + writer.two_pictures("train", n(2000))
-                + writer.questions("train", n(3200), list(ASK), pairs=3)
+                # Comparisons twice as often: they are the hardest.
+                + writer.questions("train", n(2800), [*ASK, "comparison"], pairs=4)
                 + [row for kind, count in (("text_reverse", 300), ("text_odd", 300), ("text_scene", 900))
                    for row in writer.text("train", n(count), kind)])
     writer.save("align.json", writer.captions("train", n(6000)))    # last: whoever finds it finds all of them

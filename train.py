@@ -81,7 +81,7 @@ def main(cfg):
     about = {"parts": parts} | ({"actions": policy.saved()} if policy else {})
     watched = StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
     stop, saved = Stop(), step
-    with open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
+    with bar, open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
         while step < total and not stop.agreed:
             epoch, start = divmod(step, sampler.batches_per_epoch)
             sampler.set_epoch(epoch)
@@ -127,7 +127,6 @@ def main(cfg):
                     save(run, step, model, optimizer, about, cfg.keep, forever=epoch_ends)
                     saved = step
     watched.end()
-    bar.close()
     stop.restore()
     dist.destroy_process_group()
     if stop.agreed and rank == 0:
