@@ -1,18 +1,22 @@
-"""Robot actions as tokens (RT-2, arXiv 2307.15818; OpenVLA, arXiv 2406.09246).
+"""Robot actions as tokens (RT-2, arXiv 2307.15818; OpenVLA, arXiv 2406.09246), and episodes as examples.
 
     action in physical units --normalize--> [-1, 1] --256 bins--> 256 ids at the end of the vocabulary,
                                                                   one per dimension
 
 and back. Ids are computed, never written as text and read again: some tokenizers would read something else.
+
+An episode is one JSON object with many examples, one for each step:
+
+    {"id": "0", "instruction": "push the button", "steps": [{"image": "0.png", "action": [0.1, -0.2]}, ...]}
 """
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import UserError
+from config import BadExample, UserError
+from data import Conversations
+from prompts import IGNORE
 
 BINS = 256
 QUESTION = "What action should the robot take to {instruction}?"
@@ -20,7 +24,9 @@ QUESTION = "What action should the robot take to {instruction}?"
 
 class ActionTokens:
     """Ids of actions.
-    `end` is one behind the last id in use, `statistics` are those of each dataset (see below).
+
+    end:        exclusive upper end of the action ids.
+    statistics: those of each dataset, see `compute_statistics`.
 
     As OpenVLA: id = end - bin, bins count from 1, a bin stands for its center. OpenVLA's end is the size of
     the base vocabulary; so is ours, unless control tokens lie among its last 256 ids (GPT-2's end of text
@@ -31,6 +37,14 @@ class ActionTokens:
         self.end, self.statistics = end, statistics
         self.edges = np.linspace(-1, 1, BINS)
         self.centers = (self.edges[:-1] + self.edges[1:]) / 2                               # (255,)
+
+    @property
+    def ids(self):
+        return list(range(self.end - BINS, self.end))
+
+    @staticmethod
+    def question(instruction):
+        return QUESTION.format(instruction=instruction.strip().rstrip(".").lower())
 
     @property
     def dimensions(self):
@@ -47,8 +61,8 @@ class ActionTokens:
 
     def learn_units(self, data, keep=()):
         """Computes the statistics of a dataset of episodes."""
-        episodes = len(np.unique(data.places[:, 0]))
-        self.statistics[data.key] = compute_statistics(read_actions(data), episodes, keep)
+        episodes = sum(1 for _ in data.objects())
+        self.statistics[data.name] = compute_statistics(data.actions(), episodes, keep)
         if len({len(of["action"]["q01"]) for of in self.statistics.values()}) > 1:
             raise UserError(f"{data.path}: its actions have another number of dimensions "
                             "than those of the other files")
@@ -89,19 +103,20 @@ class ActionTokens:
             rows = waves @ directions / 8 ** 0.5 * (weight - weight.mean(0)).std().cpu()
             weight[self.end - BINS:self.end] = rows.flip(0).to(weight)
 
-    def score(self, batch, predicted):
+    def measure(self, batch, predicted):
         """A batch and its predicted tokens (S,) -> (1 + 2 A,) sums: examples;
         per dimension, right action tokens; per dimension, |error| in physical units."""
         targets = batch["labels"][:, 1:]
         size = (len(targets), self.dimensions + 1)      # each example supervises its action and the end token
-        wanted, got = (ids.view(size)[:, :-1].numpy() for ids in (targets[targets != -100], predicted.cpu()))
+        wanted, got = (ids.view(size)[:, :-1].numpy()
+                       for ids in (targets[targets != IGNORE], predicted.cpu()))
         error = [np.abs(self.decode(g, key) - self.decode(w, key))
-                 for g, w, key in zip(got, wanted, batch["keys"])]
+                 for g, w, key in zip(got, wanted, batch["sources"])]
         return torch.tensor([len(targets), *(got == wanted).sum(0), *np.sum(error, axis=0)],
                             dtype=torch.float64)
 
     def metrics(self, scores):
-        """`score`'s sums -> the mean accuracy; accuracy and L1 error of each dimension."""
+        """`measure`'s sums -> the mean accuracy; accuracy and L1 error of each dimension."""
         each = np.array(scores[1:]).reshape(2, self.dimensions) / scores[0]
         return {"accuracy": each[0].mean(), "accuracies": each[0].tolist(), "l1": each[1].tolist()}
 
@@ -111,8 +126,8 @@ class ActionTokens:
 
 
 def end_of_actions(tokenizer):
-    """One behind the last action id:
-    the highest place with 256 ids below it and no control token among them."""
+    """The exclusive upper end of the action ids:
+    the highest one with 256 ids below it and no control token among them."""
     control, end = {i for i in tokenizer.all_special_ids}, tokenizer.vocab_size
     for special in sorted(control, reverse=True):
         if end - BINS <= special < end:
@@ -121,23 +136,6 @@ def end_of_actions(tokenizer):
         raise UserError(f"the vocabulary of {tokenizer.vocab_size} ids cannot spare {BINS} for actions below "
                         "its control tokens. Take a language model with a larger one")
     return end
-
-
-def read_actions(data):
-    """Actions (n, A) of a dataset of episodes, in its order, from the JSON alone. No picture is opened."""
-    actions, before, episode = [], None, None
-    for start, end, step in data.places.tolist():
-        if (start, end) != before:
-            before, episode = (start, end), json.loads(data.bytes[start:end].tobytes())
-        action = episode["steps"][step].get("action")
-        if (not isinstance(action, list) or not action
-                or len(action) != len(actions[0] if actions else action)
-                or not np.isfinite(np.array(action, float)).all()):
-            raise UserError(f"{data.path}, episode id={episode.get('id')!r}, step {step}: 'action' must be "
-                            f"{len(actions[0]) if actions else 'a list of'} finite numbers, "
-                            f"found {str(action)[:60]}")
-        actions.append(action)
-    return np.array(actions, np.float64)
 
 
 def compute_statistics(actions, episodes, keep=()):
@@ -161,32 +159,64 @@ def compute_statistics(actions, episodes, keep=()):
             "num_transitions": len(actions), "num_trajectories": episodes}
 
 
-def dataset_name(path):
-    return Path(path).stem if Path(path).stem != "train" else Path(path).parent.name
+class Episodes(Conversations):
+    """A file of episodes. Each step is an example: a picture, the instruction, an action in place of a reply.
 
+    policy: ActionTokens. It must know this file's units (`learn_units`) before examples are read.
+    """
 
-def episode_problem(episode):
-    """What is wrong with the form of an episode, "" if nothing is. Actions are checked by `read_actions`."""
-    steps = episode["steps"]
-    if not isinstance(episode.get("instruction"), str) or not episode["instruction"].strip():
-        return f"'instruction' must be a text, found {str(episode.get('instruction'))[:60]!r}"
-    if not isinstance(steps, list) or not steps:
-        return f"'steps' must be a list with at least one step, found {str(steps)[:60]!r}"
-    for i, step in enumerate(steps):
-        images = step.get("image") if isinstance(step, dict) else None
-        images = [images] if isinstance(images, str) else images
-        if not isinstance(images, list) or not images or not all(isinstance(name, str) for name in images):
-            return (f"step {i} must have a file name, or a list of them, under 'image', "
-                    f"found {str(step)[:60]!r}")
-    return ""
+    def __init__(self, path, language, pictures, max_length, policy, skip_bad=False):
+        self.policy = policy
+        super().__init__(path, language, pictures, max_length, skip_bad)
 
+    @staticmethod
+    def examples_in(episode):
+        """The form of an episode is checked here, once; its actions by `actions`."""
+        if "steps" not in episode:
+            raise BadExample("this is no episode, there are no 'steps'. The file must hold episodes only, "
+                             "for --stage vla")
+        steps, place = episode["steps"], f"episode id={episode.get('id')!r}: "
+        if not isinstance(episode.get("instruction"), str) or not episode["instruction"].strip():
+            raise BadExample(place + "'instruction' must be a text, "
+                             f"found {str(episode.get('instruction'))[:60]!r}")
+        if not isinstance(steps, list) or not steps:
+            raise BadExample(place + "'steps' must be a list with at least one step, "
+                             f"found {str(steps)[:60]!r}")
+        for i, step in enumerate(steps):
+            images = step.get("image") if isinstance(step, dict) else None
+            images = [images] if isinstance(images, str) else images
+            if (not isinstance(images, list) or not images
+                    or not all(isinstance(name, str) for name in images)):
+                raise BadExample(place + f"step {i} must have a file name, or a list of them, under 'image', "
+                                 f"found {str(step)[:60]!r}")
+        return len(steps)
 
-def as_conversation(episode, step):
-    """One step of an episode as an example:
-    what a conversation is, with an action in place of the reply's text."""
-    here = episode["steps"][step]
-    images = [here["image"]] if isinstance(here["image"], str) else here["image"]
-    question = QUESTION.format(instruction=episode["instruction"].strip().rstrip(".").lower())
-    return {"id": f"{episode.get('id')}/{step}", "image": images, "action": here.get("action"),
-            "conversations": [{"from": "human", "value": "<image>\n" * len(images) + question},
-                              {"from": "gpt", "value": ""}]}
+    def row(self, i):
+        episode, step = self.stored(i)
+        here = episode["steps"][step]
+        images = [here["image"]] if isinstance(here["image"], str) else here["image"]
+        question = "<image>\n" * len(images) + self.policy.question(episode["instruction"])
+        return {"id": f"{episode.get('id')}/{step}", "image": images, "action": here.get("action"),
+                "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]}
+
+    def reply(self, row):
+        return self.policy.encode(row["action"], self.name).tolist()
+
+    def first_steps(self):
+        """(n,) bool: which examples are the first step of their episode."""
+        return self.places[:, 2] == 0
+
+    def actions(self):
+        """(n, A) all actions of the file, in its order. No picture is opened."""
+        actions = []
+        for episode in self.objects():
+            for i, step in enumerate(episode["steps"]):
+                action = step.get("action")
+                if (not isinstance(action, list) or not action
+                        or len(action) != len(actions[0] if actions else action)
+                        or not np.isfinite(np.array(action, float)).all()):
+                    raise UserError(f"{self.path}, episode id={episode.get('id')!r}, step {i}: 'action' must "
+                                    f"be {len(actions[0]) if actions else 'a list of'} finite numbers, "
+                                    f"found {str(action)[:60]}")
+                actions.append(action)
+        return np.array(actions, np.float64)

@@ -6,16 +6,35 @@ model), the command line. No torch here, so `--help` is instant.
 """
 import argparse
 import json
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+
+# Two defaults for libraries that read them when torch is imported. Every command imports this file before;
+# a value that the user has set wins.
+# At the end of each parallel loop, OpenMP's threads wait for the last one by spinning. Where another program
+# uses the cores too, the last one often has no core, and the others burn theirs while they wait. Spinning
+# for a short time only costs little on free cores and saves most of the speed on busy ones (docs/speed.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Without this, DDP warns in each run that the first batch used all weights. That is no mistake here.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 class UserError(ValueError):
     """Something the user can mend. Shown as one sentence, without a traceback."""
 
 
+class BadExample(UserError):
+    """An example that can't be trained on: which file, which example, what is wrong, what to do."""
+
+
 def knob(default, meaning, unit=""):
+    """One field of a config. `field` is how a dataclass lets a default carry more: here, its line of --help.
+
+    So a knob is written down once. Where flags, defaults and the saved config are three lists, sooner or
+    later one of them is forgotten.
+    """
     return field(default=default, metadata={"help": f"{meaning} [{unit}]" if unit else meaning})
 
 
@@ -23,6 +42,10 @@ TRAINS = {"align": "projector", "finetune": "projector,llm", "full-finetune": "v
           "vla": "vision,projector,llm"}
 
 
+# `@dataclass` writes the constructor from the annotated fields, and then calls __post_init__, which checks
+# the values. `frozen`: nobody can change one of them behind the loop's back.
+# `Literal` lists the words that a knob may have; the command line takes its choices from it. Others write an
+# Enum and a registry for that, which are two more places to look at before one knows what can be typed.
 @dataclass(frozen=True)
 class Config:
     stage: Literal["align", "finetune", "full-finetune", "vla"] = knob(
@@ -63,8 +86,8 @@ class Config:
     warmup_ratio: float = knob(0.03, "linear warm-up", "fraction of all steps")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
     length_window: int = knob(
-        64, "examples of like length share a batch, sorted over this many; 0 = random order",
-        "global batches")
+        64, "examples of like length share a batch: they are sorted by length over this many; "
+        "0 = each batch is a random choice", "global batches")
     seed: int = knob(7, "of the projector's start, and of the order of the data")
     save_every: int = knob(500, "a checkpoint every so many steps, and at the end", "steps")
     keep: int = knob(2, "newest checkpoints to keep")
@@ -79,7 +102,7 @@ class Config:
     augment: bool = knob(
         False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
     gradient_checkpointing: bool = knob(
-        False, "recompute the LLM's activations in backward: less memory, 30 % slower")
+        False, "recompute the LLM's activations in backward, do not keep them: less memory, 30 % slower")
     compile: bool = knob(False, "torch.compile the LLM's blocks: a slower first step; on a CPU it needs g++")
     profile: int = knob(
         0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
@@ -136,15 +159,18 @@ class Config:
 # What belongs to the model, not to a run: a run that starts from --ckpt takes these over.
 MODEL_FIELDS = ("preset", "vision_backbone", "llm_backbone", "projector", "image_resize", "prompt")
 
-_TOY = {"image_dir": "data/toy/images", "prepare": "toy.py", "global_batch_size": 32,
+_TOY = {"image_dir": "data/toy/images", "prepare": "toy/world.py", "global_batch_size": 32,
         "per_device_batch_size": 32, "max_length": 512, "num_workers": 1}
 _PUBLISHED = {"align": {"global_batch_size": 256, "learning_rate": 1e-3, "length_window": 0},
               "finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
               "full-finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
               "vla": {"global_batch_size": 256, "learning_rate": 2e-5, "schedule": "constant",
                       "warmup_ratio": 0.0, "epochs": 1000, "length_window": 0, "augment": True}}
-# preset -> stage -> flags; "" is for all stages. Hyperparameters of the large ones: LLaVA-1.5
-# (arXiv 2310.03744, appendix A) and Prismatic (arXiv 2402.07865, appendix B).
+# preset -> stage -> flags; "" is for all stages. A table, because that is what the papers print. Prismatic
+# has a copy of each knob for each stage (`align_learning_rate`, `finetune_learning_rate`) and picks one of
+# them in __post_init__: then a knob has several names, and a flag can be given that nothing reads.
+# Hyperparameters of the large presets: LLaVA-1.5 (arXiv 2310.03744, appendix A) and Prismatic
+# (arXiv 2402.07865, appendix B).
 PRESETS = {
     "toy": {
         "": _TOY,
@@ -156,7 +182,7 @@ PRESETS = {
                           "epochs": 1, "learning_rate": 3e-4, "weight_decay": 0.01},
         # Vision stays frozen: it has seen the gripper, and training it blurs where things are (README).
         "vla": {"train_json": "data/toy_robot/train.json",
-                "image_dir": "data/toy_robot/images", "prepare": "toy_robot.py",
+                "image_dir": "data/toy_robot/images", "prepare": "toy/robot.py",
                 "trains": "projector,llm", "epochs": 4, "learning_rate": 5e-4, "weight_decay": 0.01,
                 "length_window": 0}},
     "single-gpu": {
@@ -206,10 +232,11 @@ def read_config(ckpt):
     return Config(**saved)
 
 
-def make_parser(cls, description=None):
+def make_parser(cls, description=None, positional=None):
+    """An argparse parser, one flag for each field. `positional`: a field that is given without its name."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=description,
-                                     # an error must not drown in 60 flags
-                                     usage="%(prog)s [flags]; --help lists them")
+                                     # an error must not drown in 40 flags
+                                     usage=f"%(prog)s {'FILE ' * bool(positional)}[flags]; --help lists them")
     kinds = get_type_hints(cls)
     for f in fields(cls):
         kind, shown = kinds[f.name], "" if f.default == "" else " (default: %(default)s)"
@@ -222,13 +249,16 @@ def make_parser(cls, description=None):
             options["choices"] = get_args(kind)
         else:
             options.update(type=kind, metavar=kind.__name__)
-        parser.add_argument(f"--{f.name}", **options)
+        if f.name == positional:
+            parser.add_argument(f.name, nargs="?", **options)
+        else:
+            parser.add_argument(f"--{f.name}", **options)
     return parser
 
 
-def parse(cls, argv=None, description=None):
+def parse(cls, argv=None, description=None, positional=None):
     """Command line -> `cls`. Bad flags end the program with one line, as argparse does."""
-    parser = make_parser(cls, description)
+    parser = make_parser(cls, description, positional)
     try:
         if cls is Config:
             parser.set_defaults(**config_defaults(argv))
@@ -256,6 +286,6 @@ def config_defaults(argv):
         raise UserError(f"--preset {preset}: the checkpoint {known.ckpt} was made with "
                         f"--preset {inherited['preset']}. "
                         "Leave the flag out: the model comes from the checkpoint")
-    # The preset's belong to the preset's data.
+    # val_json and prepare of the preset go with the preset's own data. Other data must not get them.
     own_data = {"val_json": "", "prepare": ""} if known.train_json else {}
     return PRESETS[preset].get("", {}) | PRESETS[preset].get(known.stage, {}) | own_data | inherited

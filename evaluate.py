@@ -6,14 +6,14 @@ The last reply of each conversation is the expected answer; earlier turns are gi
 a final dot do not count. An example's "type" (or "category", as others call it), if it has one, makes a
 row of the table.
 
-A policy (stage vla) is scored on recorded episodes, or lets the toy robot act:
-`--ckpt runs/toy-vla-x7 --rollouts 100`.
+A policy (stage vla) is scored on recorded episodes: how far its actions are from the recorded ones. How often
+it does its task is found out by its world: `python toy/robot.py --ckpt runs/toy-vla-x7 --rollouts 100`.
 """
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, knob, parse
+from config import BadExample, UserError, knob, parse
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,14 @@ class EvaluateConfig:
     batch_size: int = knob(50, "examples answered at once")
     max_new_tokens: int = knob(64, "longest answer", "tokens")
     max_examples: int = knob(0, "score only the first so many; 0 = all")
-    rollouts: int = knob(
-        0, "vla, toy robot: let the policy act in so many unseen scenes of each kind", "episodes")
     unnorm_key: str = knob(
         "", "vla: the dataset whose units the actions are in; needed if the policy knows several")
-    wrong_instruction: bool = knob(
-        False, "vla, toy robot: tell the policy another task than the one that counts")
     blank_images: bool = knob(False, "replace every picture by a black one: does the model look at all?")
 
     def __post_init__(self):
         if not self.ckpt:
             raise UserError("--ckpt RUN is missing")
-        if not self.json and not self.rollouts:
+        if not self.json:
             raise UserError("--json FILE is missing")
 
 
@@ -48,10 +44,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-import toy_robot
-from actions import read_actions
-from data import BadExample, images_of, read_image
 from generate import Assistant
+from images import read_image
+from prompts import images_of
 
 
 def normal(answer):
@@ -67,7 +62,7 @@ def blank(example, transforms):
 def score(assistant, data, cfg):
     """-> one dict per example: index, type, question, expected, answer, right."""
     indices = range(min(len(data), cfg.max_examples or len(data)))
-    if assistant.caption_only:
+    if assistant.language.captions:
         kept = [i for i in indices if len(images_of(data.row(i))) == 1]
         if len(kept) < len(indices):
             print(f"left out {len(indices) - len(kept)} examples without exactly one picture: "
@@ -76,7 +71,7 @@ def score(assistant, data, cfg):
     results = []
     for start in tqdm(range(0, len(indices), cfg.batch_size), desc="scoring", disable=None):
         batch = indices[start:start + cfg.batch_size]
-        examples = [data[i] for i in batch]
+        examples = [data.question(i) for i in batch]
         for example in examples:
             if isinstance(example, BadExample):
                 raise example
@@ -123,7 +118,7 @@ def contact_sheet(results, data, path, columns=6, rows=4, size=160, blank_images
         x, y = place % columns * (size + 12) + 6, place // columns * height + 6
         names = images_of(data.row(result["index"]))
         for k, name in enumerate(names):
-            picture = read_image(data.image_path(name))
+            picture = read_image(data.pictures.path(name))
             picture = Image.new("RGB", picture.size) if blank_images else picture
             picture = ImageOps.contain(picture, (size // len(names) - 2, size))
             sheet.paste(picture, (x + k * size // len(names), y))
@@ -152,10 +147,10 @@ def wrap(text, font, width):
 def open_loop(assistant, data, cfg):
     """Mean |error| of the policy's actions on recorded steps, per dimension, beside two policies that do not
     look: always the mean action of the training data; always what was done one step before."""
-    wanted, key = read_actions(data)[:cfg.max_examples or None], assistant.policy.key(cfg.unnorm_key)
+    wanted, key = data.actions()[:cfg.max_examples or None], assistant.policy.key(cfg.unnorm_key)
     got = []
     for start in tqdm(range(0, len(wanted), cfg.batch_size), desc="scoring", disable=None):
-        examples = [data[i] for i in range(start, min(start + cfg.batch_size, len(wanted)))]
+        examples = [data.question(i) for i in range(start, min(start + cfg.batch_size, len(wanted)))]
         for example in examples:
             if isinstance(example, BadExample):
                 raise example
@@ -163,7 +158,7 @@ def open_loop(assistant, data, cfg):
             examples = [blank(example, assistant.transforms) for example in examples]
         got.append(assistant.act_on(examples, key))
     mean = np.broadcast_to(assistant.policy.statistics[key]["action"]["mean"], wanted.shape)
-    first = data.places[:len(wanted), 2:] == 0
+    first = data.first_steps()[:len(wanted), None]
     before = np.where(first, mean, np.roll(wanted, 1, axis=0))
     errors = {name: np.abs(guess - wanted).mean(0).tolist() for name, guess in
               (("policy", np.concatenate(got)), ("mean action", mean), ("action before", before))}
@@ -171,27 +166,6 @@ def open_loop(assistant, data, cfg):
     for name, error in errors.items():
         print(f"{name:<16}", " ".join(f"{e:8.4f}" for e in error), f"| {np.mean(error):8.4f}")
     return {"l1": errors, "count": len(wanted)}
-
-
-def rollouts(assistant, cfg, out):
-    """Success rate of the policy in the toy robot's world, and film strips."""
-    def policy(pictures, instructions):
-        if cfg.blank_images:
-            pictures = [Image.new("RGB", picture.size) for picture in pictures]
-        return np.concatenate([assistant.act([[picture] for picture in pictures[i:i + cfg.batch_size]],
-                                             instructions[i:i + cfg.batch_size], cfg.unnorm_key)
-                               for i in range(0, len(pictures), cfg.batch_size)])
-    scores, shown = {}, []
-    for kind, unseen in (("unseen layouts", False), ("unseen pairs", True)):
-        results = toy_robot.rollout(policy, cfg.rollouts, unseen, cfg.wrong_instruction)
-        scores[kind] = {"success": sum(result["success"] for result in results) / len(results),
-                        "count": len(results)}
-        print(f"{kind:<16} {scores[kind]['success']:7.1%}   of {len(results)}", flush=True)
-        shown += results
-    out.parent.mkdir(parents=True, exist_ok=True)
-    toy_robot.film_strips(shown, out.with_name("rollouts.png"))
-    print(f"pictures {out.with_name('rollouts.png')}")
-    return scores
 
 
 def write_scores(scores, out):
@@ -203,13 +177,9 @@ def write_scores(scores, out):
 def main(cfg):
     assistant = Assistant(cfg.ckpt)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
-    if cfg.rollouts:
-        if not assistant.policy:
-            raise UserError(f"--rollouts needs a policy; {cfg.ckpt} was not trained by --stage vla")
-        return write_scores(rollouts(assistant, cfg, out), out)
-    if assistant.policy:
-        return write_scores(open_loop(assistant, assistant.dataset(cfg.json, cfg.image_dir), cfg), out)
     data = assistant.dataset(cfg.json, cfg.image_dir)
+    if assistant.policy:
+        return write_scores(open_loop(assistant, data, cfg), out)
     results = score(assistant, data, cfg)
     if not results:
         raise UserError(f"{cfg.json}: nothing to score")

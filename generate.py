@@ -4,7 +4,7 @@
 
 A policy (stage vla) gets an instruction for a prompt and prints an action:
 
-    python generate.py --ckpt runs/toy-vla-x7 --image picture.png --prompt "put the red circle on the blue square"
+    python generate.py --ckpt runs/toy-vla-x7 --image picture.png --prompt "put the red circle on the star"
 
 No --image: a text question. Several: `--image a.png b.png`, in this order.
 """
@@ -35,9 +35,10 @@ if __name__ == "__main__":
 import torch
 
 import checkpoint
-from actions import BINS, QUESTION, ActionTokens
-from data import TAG, Conversations, assemble, load_image_transforms, load_language, read_image, to_pieces
+from data import Conversations
+from images import Pictures, load_image_transforms, read_image
 from model import load_vlm
+from prompts import TAG, load_language, tokenize
 
 
 class Assistant:
@@ -46,41 +47,40 @@ class Assistant:
     def __init__(self, ckpt, device=None):
         self.cfg: Config = read_config(ckpt)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt)
+        # An aligned model has only learned to caption: no question stood before its captions.
+        self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt, self.cfg.stage == "align")
         self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize,
                                                 self.cfg.augment)
         folder = checkpoint.find(ckpt)
-        saved = checkpoint.read_state(folder).get("actions")
-        self.policy = ActionTokens.load(saved) if saved else None
+        self.policy, saved = None, checkpoint.read_state(folder).get("actions")
+        if saved:
+            import actions
+            self.policy = actions.ActionTokens.load(saved)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = load_vlm(self.cfg, trained=(), frozen_dtype=dtype)
         checkpoint.load_weights(self.model, folder)
         self.model.to(self.device).eval().requires_grad_(False)
 
-    @property
-    def caption_only(self):
-        """An aligned model has only learned to caption: no question stood before its captions."""
-        return self.cfg.stage == "align"
-
     def dataset(self, path, image_dir):
-        return Conversations(path, image_dir, self.language, self.transforms, self.cfg.max_length,
-                             self.caption_only, ask=True, policy=self.policy)
+        """A file of examples; ask for them by `dataset.question(i)`."""
+        about = path, self.language, Pictures(image_dir, self.transforms), self.cfg.max_length
+        if self.policy:
+            import actions
+            return actions.Episodes(*about, self.policy)
+        return Conversations(*about)
 
     def example(self, question, images):
-        """One question about already opened pictures (PIL, RGB) -> an example as Conversations yields it."""
+        """One question about already opened pictures (PIL, RGB) -> what `Conversations.question` gives."""
         row = {"image": ["?"] * len(images),
                "conversations": [{"from": "human",
                                   "value": (TAG + "\n") * (len(images) - question.count(TAG)) + question}]}
-        pieces = to_pieces(row, self.language, self.caption_only, ask=True)
-        ids = self.language.ids([piece.text for piece in pieces if piece.text])
-        input_ids, _ = assemble(pieces, ids, self.language.bos, self.transforms[0].patches,
-                                self.cfg.max_length, ask=True)
+        input_ids, _ = tokenize(row, self.language, self.transforms[0].patches, self.cfg.max_length, ask=True)
         return {"input_ids": torch.tensor(input_ids),
                 "images": [[transform(image) for transform in self.transforms] for image in images]}
 
     @torch.inference_mode()
     def answer(self, examples, max_new_tokens=256, streamer=None):
-        """Examples (as Conversations yields them, with ask=True) -> greedy answers, a list of str."""
+        """Examples (as Conversations.question gives them) -> greedy answers, a list of str."""
         return [self.language.decode(ids) for ids in self.answer_ids(examples, max_new_tokens, streamer)]
 
     def act(self, pictures, instructions, key=""):
@@ -89,23 +89,24 @@ class Assistant:
 
         key: the dataset whose units are meant; not needed where the policy knows only one.
         """
-        return self.act_on([
-            self.example(QUESTION.format(instruction=text.strip().rstrip(".").lower()), images)
-            for images, text in zip(pictures, instructions, strict=True)], key)
+        return self.act_on([self.example(self.policy.question(text), images)
+                            for images, text in zip(pictures, instructions, strict=True)], key)
 
     @torch.inference_mode()
     def act_on(self, examples, key=""):
-        """Examples of one step each, as `dataset` yields them -> actions (n, A)."""
+        """Examples of one step each, as `dataset` gives them -> actions (n, A)."""
         key, policy = self.policy.key(key), self.policy
-        allowed = list(range(policy.end - BINS, policy.end))    # only actions: a policy can't answer in words
+        allowed = policy.ids                                    # only actions: a policy can't answer in words
         ids = self.answer_ids(examples, policy.dimensions, min_new_tokens=policy.dimensions,
                               prefix_allowed_tokens_fn=lambda *_: allowed)
         return policy.decode(ids, key)                                                              # (n, A)
 
     def answer_ids(self, examples, max_new_tokens=256, streamer=None, **options):
         """-> one list of new ids per example, end token included.
-        Prompts are padded on the left, so that all end where the answers begin;
-        the mask hides the padding, so an answer does not depend on its neighbours."""
+
+        Prompts are padded on the left, so that all end where the answers begin. Here the model needs a mask:
+        causal attention looks to the left, where the padding now stands. In training it stands on the right.
+        """
         rows, longest = [], max(len(example["input_ids"]) for example in examples)
         mask = torch.zeros(len(examples), longest, dtype=torch.long, device=self.device)            # (B, T)
         for i, example in enumerate(examples):
@@ -113,7 +114,7 @@ class Assistant:
             embedded = self.model.embed(example["input_ids"][None].to(self.device), pixels)[0]      # (T_i, D)
             mask[i, longest - len(embedded):] = 1
             rows.append(torch.cat([embedded.new_zeros(longest - len(embedded), embedded.shape[1]), embedded]))
-        stop = self.language.stop
+        stop = self.language.end_id
         new = self.model.llm.generate(inputs_embeds=torch.stack(rows), attention_mask=mask, do_sample=False,
                                       max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop,
                                       streamer=streamer, **options)                                 # (B, new)
@@ -126,7 +127,7 @@ class Assistant:
 def main(cfg):
     from transformers import TextStreamer
     assistant = Assistant(cfg.ckpt)
-    if assistant.caption_only:
+    if assistant.language.captions:
         if len(cfg.image) != 1:
             raise UserError(f"{cfg.ckpt} is an align run: it captions exactly one --image. "
                             "Run the finetune stage to ask it")

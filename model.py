@@ -1,4 +1,6 @@
-"""Vision backbone(s) -> projector -> language model, and what each stage trains.
+"""Vision backbone(s) -> projector -> language model (LLM), and what each stage trains.
+
+A part that does not train is frozen: its weights get no gradient and stay as they are.
 
 Shapes: B examples, T positions, N pictures in the batch, P patches per picture, D_v vision width,
 D LLM width, V vocabulary, S supervised positions.
@@ -8,17 +10,17 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging
 
 from config import UserError
-from data import IGNORE, IMAGE
+from prompts import IGNORE, IMAGE
 
 logging.disable_progress_bar()                      # one bar per backbone and rank would bury what matters
 
 PARTS = ("vision", "projector", "llm")
-PIECE = 4096                                                # supervised positions with logits at one time
+CHUNK = 4096                                                # supervised positions with logits at one time
 
 # model_type -> (class, positions in front of the patches: CLS and registers). Their features are no patches.
 VISION_MODELS = {
@@ -46,7 +48,10 @@ class VisionBackbone(nn.Module):
     def __init__(self, models):
         super().__init__()
         self.models = nn.ModuleList(models)
-        for model in models:                            # the last block's input is the feature: skip its work
+        # transformers returns hidden_states: what the embeddings give, then what each block gives. So the
+        # second-to-last block's output is hidden_states[-2], and the last block works for nothing. It is
+        # replaced by a function that returns its input: the same features, one block less to compute.
+        for model in models:
             blocks(model)[-1].forward = lambda states, *_, **__: states
         self.skip = [VISION_MODELS[model.config.model_type][1](model.config) for model in models]
         self.width = sum(model.config.hidden_size for model in models)                      # D_v
@@ -106,14 +111,14 @@ class VLM(nn.Module):
                 getattr(self, name).eval()
         return self
 
-    def use_gradient_checkpointing(self):
-        """Recompute the LLM's activations in backward instead of keeping them.
+    def use_recomputing(self):
+        """Recompute the LLM's activations in backward instead of keeping them ("gradient checkpointing").
 
-        Not by the switch of transformers: it works in training mode only. A frozen LLM is in eval mode, to
-        drop nothing, yet its activations are needed to reach the projector.
+        The switch of the transformers library works in training mode only. A frozen LLM is in eval mode, so
+        that its dropout is off. But backward goes through it to the projector and needs its activations.
         """
         for block in blocks(self.llm.base_model):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
 
     def use_compile(self):
         """One graph for all of the LLM's blocks, which are alike, and for all lengths of a batch."""
@@ -134,8 +139,11 @@ class VLM(nn.Module):
         return x.masked_scatter(here[..., None], patches.to(x.dtype))                       # (B, T, D)
 
     def forward(self, input_ids, labels, pixel_values):
-        """-> the summed cross-entropy of all supervised tokens, () in fp32, and the likeliest token at each
-        of their places, (S,). Patches are context, never targets.
+        """-> the cross-entropy summed over all supervised tokens, one fp32 number (it is train.py's
+        -log(probability)), and the likeliest token at each of their places, (S,). A patch is never guessed.
+
+        The shift by one: what comes out at position t has seen the tokens up to t, and is the guess for token
+        t + 1. So outputs 0 ... T - 2 are compared with labels 1 ... T - 1; label 0 is nobody's target.
 
         No attention mask: padding stands on the right and attention is causal, so no real token ever sees it.
         Without a mask the attention kernel takes its fast causal path.
@@ -144,15 +152,15 @@ class VLM(nn.Module):
         states = self.llm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state    # (B, T, D)
         learned = labels[:, 1:] != IGNORE                                                   # (B, T - 1)
         states, targets = states[:, :-1][learned], labels[:, 1:][learned]                   # (S, D), (S,)
-        if len(targets) <= PIECE:
-            return self.score(states, targets)
-        # Logits of all S would be the largest tensors of the step. So in pieces, and made again in backward.
-        pieces = [checkpoint(self.score, *piece, use_reentrant=False)
-                  for piece in zip(states.split(PIECE), targets.split(PIECE))]
-        return sum(loss for loss, _ in pieces), torch.cat([likeliest for _, likeliest in pieces])
+        if len(targets) <= CHUNK:
+            return self.loss_of(states, targets)
+        # Logits are the scores of all V tokens, before they become probabilities. For all S positions at once
+        # they would be the largest tensor of the step. So in chunks, which backward computes a second time.
+        chunks = [recompute(self.loss_of, *chunk, use_reentrant=False)
+                  for chunk in zip(states.split(CHUNK), targets.split(CHUNK))]
+        return sum(loss for loss, _ in chunks), torch.cat([likeliest for _, likeliest in chunks])
 
-    def score(self, states, targets):                       # (S, D), (S,)
-        """Position t predicts token t + 1: the caller has moved `targets` by one."""
+    def loss_of(self, states, targets):                     # (S, D), (S,)
         logits = self.llm.get_output_embeddings()(states)                                   # (S, V)
         return F.cross_entropy(logits.float(), targets, reduction="sum"), logits.argmax(-1)
 

@@ -1,8 +1,8 @@
-"""Where the time of a step goes (--profile N): a trace to look into, and a table of its parts.
+"""Where the time of a step goes (--profile N): a trace to look into, and a table of its phases.
 
-The loop names its parts, `with part("backward"): ...`; those of the model are found by hooks on its modules.
-Without --profile no clock is read. With it, a GPU is waited for at both ends of each part: the times are
-true, and the whole is a little slower than without.
+The loop names its phases, `with phase("backward"): ...`; those of the model are found by hooks on its
+modules. Without --profile no clock is read. With it, a GPU is waited for at both ends of each phase: the
+times are true, and the whole is a little slower than without.
 """
 import time
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 WARM = 2                                                    # steps before the first one that is timed
-seconds = None                                              # part -> seconds; None: nobody asks
+seconds = None                                              # phase -> seconds; None: nobody asks
 
 
 def now():
@@ -22,7 +22,7 @@ def now():
 
 
 @contextmanager
-def part(name):
+def phase(name):
     if seconds is None:
         yield
         return
@@ -37,12 +37,12 @@ class StepProfile:
 
     def __init__(self, steps, model, file):
         self.steps, self.file, self.count = steps, file, 0
-        parts = {"forward": model, "vision": model.vision, "projector": model.projector,
-                 "LLM forward": model.llm.base_model}
-        for name, module in parts.items() if steps else ():
-            opened = []                                     # one hook opens the part, the other closes it
-            module.register_forward_pre_hook(partial(open_part, name, opened))
-            module.register_forward_hook(partial(close_part, opened))
+        phases = {"forward": model, "vision": model.vision, "projector": model.projector,
+                  "LLM forward": model.llm.base_model}
+        for name, module in phases.items() if steps else ():
+            opened = []                                     # one hook opens the phase, the other closes it
+            module.register_forward_pre_hook(partial(open_phase, name, opened))
+            module.register_forward_hook(partial(close_phase, opened))
 
     def step(self):
         """Call it where a step begins."""
@@ -53,10 +53,10 @@ class StepProfile:
             self.trace.start()
             seconds, self.began = {}, now()
         if self.steps and self.count == WARM + self.steps:
-            whole, parts, seconds = now() - self.began, seconds, None
+            whole, phases, seconds = now() - self.began, seconds, None
             self.trace.stop()
             self.trace.export_chrome_trace(str(self.file))
-            self.show(whole, parts)
+            self.show(whole, phases)
         self.count += 1
 
     def end(self):
@@ -65,12 +65,12 @@ class StepProfile:
             self.steps = self.count - WARM
             self.step()
 
-    def show(self, whole, parts):
-        model = sum(parts.get(name, 0) for name in ("vision", "projector", "LLM forward"))
-        parts["logits and loss"] = parts.pop("forward") - model
-        parts["other: the loop itself"] = whole - sum(parts.values())
+    def show(self, whole, phases):
+        model = sum(phases.get(name, 0) for name in ("vision", "projector", "LLM forward"))
+        phases["logits and loss"] = phases.pop("forward") - model
+        phases["other: the loop itself"] = whole - sum(phases.values())
         print(f"\n{self.steps} steps of {whole / self.steps:.3f} s")
-        for name, of_it in parts.items():
+        for name, of_it in phases.items():
             print(f"{of_it / whole:7.1%}  {name}")
         sent = sum(event.device_time_total or event.cpu_time_total for event in self.trace.key_averages()
                    if event.key in ("nccl:all_reduce", "gloo:all_reduce")) / 1e6
@@ -78,10 +78,10 @@ class StepProfile:
         print(f"trace    {self.file}, for ui.perfetto.dev", flush=True)
 
 
-def open_part(name, opened, *_):
-    opened.append(part(name))
+def open_phase(name, opened, *_):
+    opened.append(phase(name))
     opened[-1].__enter__()
 
 
-def close_part(opened, *_):
+def close_phase(opened, *_):
     opened.pop().__exit__(None, None, None)

@@ -1,16 +1,23 @@
 """Which examples make up which batch.
 
+A global batch is what one optimizer step learns from, over all GPUs and micro-batches.
+
 A global batch holds one modality: all its examples have pictures, or none has. (A batch of both would pad
-short pictures' questions to long texts, and a rank without a picture would leave the projector out of its
-backward.) Inside a global batch lie examples of like length, so little is padded.
+short questions about pictures to long texts, and a rank without a picture would leave the projector out of
+its backward.) Inside a global batch lie examples of like length, so little is padded.
+
+In stage align all examples have pictures, so nothing is split. With --length_window 0, which the presets set
+there, its batches are those of a plain shuffled sampler, except that the longest comes first.
 
 The order of the global batches depends on the dataset, the seed, the epoch and the global batch size, and
-on nothing else. World size and micro-batch size only cut a global batch into pieces: 8 GPUs see the same
-batches as one.
+on nothing else. World size and micro-batch size only cut a global batch into micro-batches: 8 GPUs see the
+same batches as one. torch's DistributedSampler does it the other way round: it shuffles all examples, gives
+rank r every 8th one, and each rank makes batches of its share. Then what is in a batch depends on the number
+of GPUs, and nothing keeps modalities and lengths together.
 
 Worked example (also a test): lengths 5 3 9 4 2, pictures on the first three, global batch 2, window 1.
 The three picture examples fill two batches, so one of them is seen twice; the two texts fill one.
-Three batches, in some order.
+Three batches: the one with the longest example comes first, the others in random order.
 """
 import numpy as np
 
@@ -23,7 +30,8 @@ class SplitModalitySampler:
     global_batch_size      examples per optimizer step;
                            must be a multiple of per_device_batch_size * world_size
     per_device_batch_size  examples per micro-batch
-    window                 examples are sorted by length over this many global batches; 0 = like 1
+    window                 examples are sorted by length over this many global batches; with 0 and with 1 the
+                           batches are random, and only inside a batch like lengths share a micro-batch
 
     Every example comes at least once an epoch. Where a modality does not fill its last batch, examples of
     the same modality, from the start of its shuffled order, are seen again. `len()` is the number of
@@ -82,15 +90,14 @@ class SplitModalitySampler:
             batches.append(self._sorted_in_windows(order).reshape(-1, self.global_batch_size))
         batches = np.concatenate(batches)                   # (batches, G)
         rng.shuffle(batches)
-        # The longest batch comes first, so memory runs out in the first step or never.
+        # The longest batch comes first: if memory runs out, then in the first step, not after hours.
         # Of equals (cut to one length, say) one with pictures: the vision backbone takes memory too.
         longest = np.lexsort((self.has_image[batches[:, 0]], self.lengths[batches].max(axis=1)))[-1]
         batches[[0, longest]] = batches[[longest, 0]]
         return batches
 
     def _sorted_in_windows(self, order):
-        """Within each window (within each batch, if window is 0:
-        that only decides who shares a micro-batch)."""
+        """By length, longest first, within each window of global batches."""
         batch = np.arange(len(order)) // (self.global_batch_size * max(self.window, 1))
         return order[np.lexsort((-self.lengths[order], batch))]
 

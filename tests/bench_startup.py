@@ -89,7 +89,7 @@ def main(args):
     subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     print(f"{'--help':<28}{time.perf_counter() - began:10.2f} s")
     if not (ROOT / "data" / "toy" / "align.json").exists():
-        subprocess.run([sys.executable, "toy.py"], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([sys.executable, "toy/world.py"], cwd=ROOT, check=True, capture_output=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for again in ("", ", again"):

@@ -210,13 +210,12 @@ def modality_grouped(lengths, batch, rng):
     return [i for each in batches + [rest] for i in each]
 
 
-def their_model(args):
-    """LlavaForConditionalGeneration with the weights that ours would load."""
+def their_model(args, frozen):
+    """LlavaForConditionalGeneration with the weights that ours would load, frozen parts in dtype `frozen`."""
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionModel
 
     from model import load_vlm
-    frozen = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     ours = load_vlm(our_config(args), our_config(args).trained, frozen)
     vision, llm = SiglipVisionModel.from_pretrained(f"{args.folder}/vision", dtype=frozen), ours.llm
     config = LlavaConfig(vision_config=vision.config, text_config=llm.config, image_token_index=2,
@@ -265,16 +264,17 @@ def run_theirs(args):
         lr_scheduler_type="cosine", logging_steps=1, save_strategy="no", report_to="none",
         remove_unused_columns=False, dataloader_num_workers=WORKERS[args.size],
         use_cpu=not torch.cuda.is_available(), bf16=bf16(args))
-    Timed(model=their_model(args)[0], args=settings, train_dataset=TheirData(args),
+    frozen = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    Timed(model=their_model(args, frozen)[0], args=settings, train_dataset=TheirData(args),
           data_collator=their_collate, callbacks=[Last()]).train()
     report(args, stamps, real, positions, waits)
 
 
 def check(args):
-    """The same example through both models: the same loss."""
+    """The same example through both models: the same loss. In fp32: there is no autocast around it."""
     import torch
     from data import collate
-    theirs, ours = their_model(args)
+    theirs, ours = their_model(args, torch.float32)
     data = TheirData(args)
     for i in (0, len(data) - 1):
         batch = collate([data.ours[i]])

@@ -2,13 +2,17 @@
 import functools
 import json
 
+import pytest
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, SiglipVisionConfig,
                           SiglipVisionModel)
 
-from data import Conversations, ImageTransform
+from actions import Episodes
+from data import Conversations
+from images import ImageTransform, Pictures
+from prompts import Language
 
 # kind -> its special tokens, as the models' own tokenizer_config.json name them
 KINDS = {"llama": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
@@ -102,10 +106,40 @@ def talk(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def dataset(folder, rows, language, transforms=None, max_length=512, name="d.json", **how):
+def dataset(folder, rows, language, transforms=None, max_length=512, name="d.json", captions=False,
+            policy=None, augment=None):
     (folder / name).write_text(json.dumps(rows))
-    return Conversations(folder / name, folder, language, transforms or [transform()], max_length, **how)
+    if captions:
+        language = captioning(language)
+    return opened(folder / name, language, transforms, max_length, policy, augment)
+
+
+def opened(path, language, transforms=None, max_length=512, policy=None, augment=None):
+    """The file as a dataset; pictures lie beside it."""
+    about = path, language, Pictures(path.parent, transforms or [transform()], augment), max_length
+    return Episodes(*about, policy) if policy else Conversations(*about)
+
+
+def captioning(language):
+    """The same tokenizer and prompt, as stage align reads examples."""
+    return Language(language.tokenizer, language.name, captions=True)
 
 
 def picture(path, color=(255, 0, 0), size=(12, 8)):
     Image.new("RGB", size, color).save(path)
+
+
+ROWS = [{"conversations": talk("What is it?", "A cat.")},
+        {"image": "a.png", "conversations": talk("<image>\nWhat is it?", "A cat.")},
+        {"image": "a.png", "conversations": talk("What is it?\n<image>", "A cat.")},
+        {"image": ["a.png", "b.png"], "conversations": talk("<image>\n<image>\nWhat is it?", "A cat.")},
+        {"image": ["a.png", "b.png"],
+         "conversations": talk("Is <image> like <image>?", "A cat.", "How many?", "Two.")},
+        {"image": "a.png",
+         "conversations": talk("<image>\nWhat is it?", "A cat.", "  How many?\n", " Two. ")},
+        {"conversations": talk("\tdef f():\n    pass", "naïve 猫 🐈", "▁ [INST] USER: In:", "1  2\n\n3")}]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def language(kind="gpt2", prompt="plain", add_bos=None):
+    return Language(make_tokenizer(kind, add_bos, chat=prompt == "chatml"), prompt)

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import data as data_module
-from actions import BINS, ActionTokens, compute_statistics, end_of_actions, read_actions
-from config import UserError
-from data import IGNORE, BadExample, Language, collate
+import check
+import images
+from actions import BINS, ActionTokens, compute_statistics, end_of_actions
+from config import BadExample, UserError
+from data import collate
+from prompts import IGNORE, IMAGE, Language
 from helpers import PATCHES, dataset, make_tokenizer, picture, talk
 from test_train import ROOT, run_train, weights
 
@@ -114,15 +116,15 @@ def test_an_episode_step_is_an_example_whose_reply_is_its_action(tmp_path, kind)
     assert len(data) == 12
     example = data[5]
     learned = example["labels"][example["labels"] != IGNORE].tolist()
-    assert learned == policy.encode(episodes()[1]["steps"][1]["action"], "d").tolist() + [data.language.stop]
+    action = policy.encode(episodes()[1]["steps"][1]["action"], "d").tolist()
+    assert learned == [*action, data.language.end_id]
     assert example["id"] == "e1/1" and data.row(5)["conversations"][0]["value"] == (
         "<image>\nWhat action should the robot take to push the button?")
     lengths, has_image = data.lengths()
     assert lengths[5] == len(example["input_ids"]) and has_image.all()
-    ask = dataset(tmp_path, episodes(), data.language, policy=policy, ask=True)
-    # Training = inference + action.
-    assert example["input_ids"].tolist() == ask[5]["input_ids"].tolist() + learned
-    assert ask[5]["input_ids"].tolist().count(data_module.IMAGE) == PATCHES
+    question = data.question(5)["input_ids"].tolist()
+    assert example["input_ids"].tolist() == question + learned          # training = inference + action
+    assert question.count(IMAGE) == PATCHES
 
 
 @pytest.mark.parametrize("change, message", [
@@ -147,7 +149,7 @@ def test_conversations_and_episodes_are_not_mixed_up(tmp_path):
     language = Language(make_tokenizer("llama", filler=300), "plain")
     with pytest.raises(UserError, match="episodes are for --stage vla"):
         dataset(tmp_path, episodes(), language)
-    with pytest.raises(UserError, match="must hold episodes"):
+    with pytest.raises(UserError, match="must hold episodes only"):
         dataset(tmp_path, [{"conversations": talk("a", "b")}], language, policy=ActionTokens(400, {}))
 
 
@@ -156,16 +158,16 @@ def test_augmentation_depends_on_seed_epoch_and_example_only(tmp_path):
     Image.effect_noise((12, 8), 90).convert("RGB").save(tmp_path / "a.png")
     first, other = data[0]["images"][0][0], data[1]["images"][0][0]
     assert torch.equal(first, data[0]["images"][0][0]) and not torch.equal(first, other)
-    data.epoch.fill_(1)
+    data.pictures.epoch.fill_(1)
     assert not torch.equal(first, data[0]["images"][0][0])
 
 
 def test_the_center_crop_keeps_nine_tenths_of_the_area():
     image = Image.new("RGB", (100, 200), "red")
     image.paste("blue", (3, 6, 97, 194))
-    assert data_module.crop(image, 0.5, 0.5).size == (95, 190)
-    assert data_module.crop(image, 0.5, 0.5).getpixel((47, 95)) == (0, 0, 255)
-    assert data_module.crop(image, 0.0, 0.0).getpixel((0, 0)) == (255, 0, 0)
+    assert images.crop(image, 0.5, 0.5).size == (95, 190)
+    assert images.crop(image, 0.5, 0.5).getpixel((47, 95)) == (0, 0, 255)
+    assert images.crop(image, 0.0, 0.0).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_score_is_the_error_in_physical_units(tmp_path):
@@ -174,16 +176,16 @@ def test_the_score_is_the_error_in_physical_units(tmp_path):
     assert not isinstance(batch, BadExample)
     targets = batch["labels"][:, 1:]
     predicted = targets[targets != IGNORE].clone()
-    assert policy.metrics(policy.score(batch, predicted).tolist()) == {
+    assert policy.metrics(policy.measure(batch, predicted).tolist()) == {
         "accuracy": 1.0, "accuracies": [1.0, 1.0, 1.0], "l1": [0.0, 0.0, 0.0]}
     predicted[1] += 10                          # the second dimension of the first example, ten bins lower
-    metrics = policy.metrics(policy.score(batch, predicted).tolist())
+    metrics = policy.metrics(policy.measure(batch, predicted).tolist())
     of = policy.statistics["d"]["action"]
     assert (metrics["accuracy"] == pytest.approx(8 / 9)
             and metrics["accuracies"] == pytest.approx([1, 2 / 3, 1]))
     assert metrics["l1"] == pytest.approx([0, 10 / 255 * (of["q99"][1] - of["q01"][1]) / 3, 0])
     predicted[0] += 1
-    assert (policy.metrics(policy.score(batch, predicted).tolist())["accuracies"]
+    assert (policy.metrics(policy.measure(batch, predicted).tolist())["accuracies"]
             == pytest.approx([2 / 3, 2 / 3, 1]))
 
 
@@ -209,9 +211,9 @@ def robot(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """An untrained VLM of the toy's backbones, as a checkpoint to start from."""
-    import toy
+    from toy import world as toy_world
     world = tmp_path_factory.mktemp("world")
-    toy.write(world, seed=5, scale=0.01)
+    toy_world.write(world, seed=5, scale=0.01)
     return run_train(world, tmp_path_factory.mktemp("base"), "--max_steps", "1")[1]
 
 
@@ -236,13 +238,13 @@ def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, t
 
     from generate import Assistant
     assistant = Assistant(run)
-    images = [[Image.open(robot / "images" / f"{e}_0.png").convert("RGB")] for e in (0, 5, 11)]
-    actions = assistant.act(images, ["show it"] * 3)
+    seen = [[Image.open(robot / "images" / f"{e}_0.png").convert("RGB")] for e in (0, 5, 11)]
+    actions = assistant.act(seen, ["show it"] * 3)
     assert actions.shape == (3, 2)
     low, high = (np.array(state["actions"]["statistics"]["lamp"]["action"][q]) for q in ("q01", "q99"))
     assert (actions >= low).all() and (actions <= high).all()
     for i in range(3):                                      # batched = one by one
-        assert (assistant.act(images[i:i + 1], ["show it"])[0] == actions[i]).all()
+        assert (assistant.act(seen[i:i + 1], ["show it"])[0] == actions[i]).all()
     command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
                "--prompt", "Show it."]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -264,10 +266,10 @@ def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, b
 
 
 def test_the_check_of_a_file_understands_episodes(robot, capsys):
-    cfg = data_module.CheckConfig(
-        check=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
+    cfg = check.CheckConfig(
+        file=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
         vision_backbone=str(ROOT / "toy/vit"), llm_backbone=str(ROOT / "toy/llm"))
-    assert data_module.check(cfg) == 0
+    assert check.check(cfg) == 0
     printed = capsys.readouterr().out
     assert ('"num_trajectories": 12' in printed and "48 examples, 0 wrong" in printed
             and "to show it?" in printed)
@@ -319,5 +321,5 @@ def test_a_mixture_repeats_a_file_within_an_epoch(robot, base, tmp_path):
 
 def test_one_action_costs_one_token_per_dimension(tmp_path):
     policy, data = policy_and_data(tmp_path, episodes(dimensions=7))
-    assert policy.dimensions == 7 and read_actions(data).shape == (12, 7)
+    assert policy.dimensions == 7 and data.actions().shape == (12, 7)
     assert (data[0]["labels"] != IGNORE).sum() == 8

@@ -62,7 +62,7 @@ def test_killed_at_any_line_of_saving_the_old_or_the_new_one_is_whole(tmp_path, 
     line, seen, run = 0, set(), tmp_path / "r"
     while True:
         save(run, 1)
-        (run / "part-00000007").mkdir()
+        (run / "unfinished-00000007").mkdir()
         if not killed_at(line, lambda: save(run, 2)):
             break
         newest, damaged = checkpoint.newest(run)
@@ -101,8 +101,8 @@ def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(Path, "rename", renamed)
     save(tmp_path / "r", 3)
-    assert done == ["state.part", "model.safetensors", "optimizer.safetensors", "state.json", "part-00000003",
-                    "-> step-00000003", "r"]
+    assert done == ["state.unfinished", "model.safetensors", "optimizer.safetensors", "state.json",
+                    "unfinished-00000003", "-> step-00000003", "r"]
 
 
 # ---- which ones stay ----

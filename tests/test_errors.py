@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-from helpers import dataset, make_tokenizer, picture, save_preprocessor, save_vision, square, talk, transform
+from helpers import (dataset, make_tokenizer, opened, picture, save_preprocessor, save_vision, square, talk,
+                     transform)
 from PIL import Image, features
 from safetensors.torch import save_file
 from torch import nn
@@ -16,10 +17,13 @@ from transformers import ResNetConfig, ViTConfig
 import checkpoint
 import config
 import train
-from data import (BadExample, CheckConfig, Conversations, Language, load_image_transforms, load_language,
-                  read_image)
+from check import CheckConfig
+from config import BadExample
+from data import Conversations
 from generate import Assistant
+from images import Pictures, load_image_transforms, read_image
 from model import VLM, load_vision, make_projector
+from prompts import Language, load_language
 from sampler import SplitModalitySampler
 
 ONE = talk("<image>\nWhat is it?", "A cat.")
@@ -68,13 +72,13 @@ EXAMPLES = {    # kind: (the example, what the sentence says, how it is read)
                          "turn 1 is a reply and contains <image>; pictures stand in human turns only"),
     "align, two pictures": ({"image": ["a.png", "a.png"], "conversations": TWO},
                             "stage align needs exactly one picture per example, found 2",
-                            {"caption_only": True}),
+                            {"captions": True}),
     "align, text only": ({"conversations": talk("a", "b")},
                          "stage align needs exactly one picture per example, found 0",
-                         {"caption_only": True}),
+                         {"captions": True}),
     "align, no caption": ({"image": "a.png", "conversations": ONE[:1]},
                           "there is no token to learn in it. Add a reply, or drop the example",
-                          {"caption_only": True}),
+                          {"captions": True}),
     "nothing left to learn": ({"conversations": talk("a" * 50, "b")},
                               "no token to learn is left after cutting 58 positions to --max_length 20. "
                               "Raise --max_length, or drop the example", {"max_length": 20}),
@@ -160,7 +164,7 @@ def test_what_looks_odd_but_is_right_is_read(images):
 def test_image_dir_itself_may_be_a_link(images):
     (images.parent / "alias").symlink_to(images)
     file = write(images, [{"image": "a.png", "conversations": ONE}])
-    data = Conversations(file, images.parent / "alias", language(), [transform()], 512)
+    data = Conversations(file, language(), Pictures(images.parent / "alias", [transform()]), 512)
     assert len(data[0]["images"]) == 1
 
 
@@ -176,7 +180,7 @@ def test_the_text_of_a_control_token_becomes_that_token(tmp_path):
     lang = language()
     rows = [{"conversations": talk("a <|endoftext|> b", "c <|endoftext|> d")}]
     input_ids, labels = dataset(tmp_path, rows, lang).tokens(rows[0])
-    assert input_ids.count(lang.stop) == 3 and labels.count(lang.stop) == 2
+    assert input_ids.count(lang.end_id) == 3 and labels.count(lang.end_id) == 2
 
 
 @pytest.mark.parametrize("text", [
@@ -185,7 +189,7 @@ def test_text_that_only_looks_like_control_text_stays_text(text, tmp_path):
     lang = language()
     rows = [{"conversations": talk(f"{text} a", f"{text} b")}]
     input_ids, _ = dataset(tmp_path, rows, lang).tokens(rows[0])
-    assert min(input_ids) >= 0 and input_ids.count(lang.stop) == 1
+    assert min(input_ids) >= 0 and input_ids.count(lang.end_id) == 1
     assert lang.tokenizer.decode(input_ids) == f"In: {text} a\nOut: {text} b<|endoftext|>"
 
 
@@ -227,14 +231,14 @@ def test_a_bad_file_is_named_with_the_line(kind, tmp_path):
     content, said = FILES[kind]
     (tmp_path / "my.json").write_bytes(content)
     with pytest.raises(config.UserError) as e:
-        Conversations(tmp_path / "my.json", tmp_path, language(), [transform()], 512)
+        opened(tmp_path / "my.json", language())
     assert str(e.value).startswith(f"{tmp_path / 'my.json'}{said}")
 
 
 @pytest.mark.parametrize("name", ["nowhere.json", "."])
 def test_a_file_that_is_not_there_is_named(name, tmp_path):
     with pytest.raises(config.UserError, match="does not exist. It should be a LLaVA JSON or JSON-lin"):
-        Conversations(tmp_path / name, tmp_path, language(), [transform()], 512)
+        opened(tmp_path / name, language())
 
 
 # -- pictures that can't be read -----------------------------------------------------------------------------
@@ -383,8 +387,9 @@ def test_a_cmyk_jpeg_is_not_read_inside_out(tmp_path):
 
 def asked(question, pictures=0, stage="finetune", max_length=30):
     assistant = object.__new__(Assistant)
-    assistant.cfg = type("Cfg", (), {"stage": stage, "max_length": max_length})()
-    assistant.language, assistant.transforms = language(), [transform()]
+    assistant.cfg = type("Cfg", (), {"max_length": max_length})()
+    assistant.transforms = [transform()]
+    assistant.language = Language(make_tokenizer("gpt2"), "plain", captions=stage == "align")
     return assistant.example(question, [Image.new("RGB", (5, 5))] * pictures)
 
 
@@ -393,7 +398,7 @@ def test_a_question_too_long_for_the_model_is_refused_not_cut(tmp_path):
     with pytest.raises(BadExample, match=said):
         asked("a" * 50)
     rows = [{"conversations": talk("a" * 50, "b")}]
-    error = dataset(tmp_path, rows, language(), max_length=30, ask=True)[0]
+    error = dataset(tmp_path, rows, language(), max_length=30).question(0)
     assert isinstance(error, BadExample) and re.search(said, str(error))
 
 
@@ -563,7 +568,7 @@ def test_a_broken_config_of_a_checkpoint_is_named(text, capsys, tmp_path):
 def test_the_checker_refuses_unknown_formats(capsys):
     for flag in ("--prompt", "--image_resize"):
         with pytest.raises(SystemExit) as e:
-            config.parse(CheckConfig, ["--check", "a.json", flag, "nonsense"])
+            config.parse(CheckConfig, ["a.json", flag, "nonsense"])
         assert e.value.code == 2 and f"argument {flag}: invalid choice: 'nonsense'" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ class Recorded:
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, i):
+    def question(self, i):
         return {"images": []}
 
     def row(self, i):
@@ -36,7 +36,7 @@ def rows_of(*types):
 
 
 def scored(rows, answers):
-    assistant = SimpleNamespace(caption_only=False,
+    assistant = SimpleNamespace(language=SimpleNamespace(captions=False),
                                 answer=lambda examples, _: [answers.pop(0) for _ in examples])
     return score(assistant, Recorded(rows), EvaluateConfig(ckpt="x", json="x", batch_size=2))
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from data import BadExample
+from config import BadExample
 from test_train import (ROOT, SHORT, assert_bit_for_bit, assert_same_curve,  # noqa: F401
                         assert_same_up_to_rounding, one_rank, run_train, train_command,
                         train_here, weights, world)
@@ -134,7 +134,7 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(world, flags, und
             assert process.communicate() and process.returncode == 0
         print(f"kill {kill + 1}, {time.time() - began:.1f} s after the start, round {rounds}, "
               f"step {metrics_text(tmp_path).count(chr(10))}",
-              "while it saved" if list((tmp_path / "r").glob("part-*")) else "", flush=True)
+              "while it saved" if list((tmp_path / "r").glob("unfinished-*")) else "", flush=True)
         if (tmp_path / "r" / "step-00000016").exists():     # the last one: begin again, there are kills left
             assert_same_run(tmp_path, undisturbed)
             shutil.rmtree(tmp_path / "r")
@@ -143,7 +143,7 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(world, flags, und
     printed = process.communicate(timeout=200)[0]
     assert process.returncode == 0, printed
     assert_same_run(tmp_path, undisturbed)
-    assert not list((tmp_path / "r").glob("part-*"))
+    assert not list((tmp_path / "r").glob("unfinished-*"))
 
 
 def metrics_text(root):
@@ -266,7 +266,7 @@ def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(world, one_ra
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=limit)
     said = f"error (rank 0): the checkpoint of step 20 can't be written to {tmp_path / 'r'} ("
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(said), done.stderr
-    assert "Older ones are intact" in done.stderr and not list((tmp_path / "r").glob("part-*"))
+    assert "Older ones are intact" in done.stderr and not list((tmp_path / "r").glob("unfinished-*"))
     folder, = checkpoint.step_folders(tmp_path / "r")
     assert folder.name == "step-00000010" and not checkpoint.damage(folder)
 

@@ -3,6 +3,7 @@ import copy
 import math
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov
 
 import checkpoint
 from config import TRAINS
-from data import IGNORE, IMAGE, collate
+from data import collate
 from generate import Assistant
 from model import PARTS, VLM, VisionBackbone, blocks, load_vision, make_projector
+from prompts import IGNORE, IMAGE
 from train import count_together, right_tokens, train_step
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
@@ -70,7 +72,7 @@ def example(i, pictures=1):
     labels[-(i + 1):] = text[-(i + 1):]
     return {"id": str(i), "input_ids": input_ids, "labels": labels,
             "images": [[torch.randn(3, 16, 16, generator=generator)] for _ in range(pictures)],
-            "replaced": 0, "key": "test"}
+            "replaced": 0, "source": "test"}
 
 
 def batches(sizes, pictures=1):
@@ -129,30 +131,33 @@ def test_a_stage_changes_all_of_what_it_trains_and_nothing_else(kind, stage, par
 
 
 def one_step(model, micro_batches, optimizer, max_norm=1.0):
-    """As the loop does it, on one rank without DDP: the same sums, faster to build. Returns the loss."""
+    """As the loop does it, on one rank without DDP: the same sums, faster to build
+    -> the loss, the gradient norm before clipping."""
     model.no_sync = nullcontext
-    cpu = torch.device("cpu")
-    tokens = count_together(micro_batches, False, cpu)["tokens"]
-    loss, _, _ = train_step(model, micro_batches, tokens, max_norm, cpu, False, right_tokens)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss
+    cfg = SimpleNamespace(max_grad_norm=max_norm, precision="fp32")
+    tokens = count_together(micro_batches, False)["tokens"]
+    return train_step(model, optimizer, micro_batches, tokens, 1, cfg, torch.device("cpu"), right_tokens)[:2]
 
 
 def gradients(model, cut, weigh=None):
     """Gradients of one step, by name. `weigh` replaces the exact weight of a micro-batch's mean loss."""
     model = copy.deepcopy(model)
     if weigh is None:
-        grabbed = {}
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        optimizer.register_step_pre_hook(lambda *_: grabbed.update(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
-        one_step(model, cut, optimizer, max_norm=1e9)
-        return grabbed
+        return seen_by_the_optimizer(model, cut, max_norm=1e9)[0]
     for batch in cut:
         loss, _ = model(batch["input_ids"], batch["labels"], batch["pixel_values"])
         (loss / (batch["labels"][:, 1:] != IGNORE).sum() * weigh).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def seen_by_the_optimizer(model, cut, max_norm):
+    """-> gradients when the optimizer makes its step, by name; the norm that the step reports."""
+    grabbed = {}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: grabbed.update(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    _, norm = one_step(model, cut, optimizer, max_norm)
+    return grabbed, norm
 
 
 def assert_same_gradients(got, want):
@@ -180,7 +185,7 @@ def test_mean_of_means_would_be_caught():
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(stage, llm):
     model = tiny_vlm(stage=stage, llm=llm)
     want = gradients(model, batches([8]))
-    model.use_gradient_checkpointing()
+    model.use_recomputing()
     for sizes in ((8,), (1, 7), (2, 3, 3)):
         assert_same_gradients(gradients(model, batches(sizes)), want)
     calls, batch = [], batches([2])[0]
@@ -202,7 +207,7 @@ def test_a_frozen_language_model_drops_nothing(checkpointing):
         model = VLM(tiny_vlm().vision, make_projector("gelu-mlp", 32, 32), opt)
         model.set_trained(TRAINS[stage].split(","))
         if checkpointing:
-            model.use_gradient_checkpointing()
+            model.use_recomputing()
         one, two = (loss_of(model, batches([2])[0]).item() for _ in range(2))
         assert (one == two) == (stage == "align")
 
@@ -212,16 +217,12 @@ def loss_of(model, batch):
 
 
 def test_a_long_gradient_is_clipped_and_a_short_one_is_not():
-    model, parts, cpu = tiny_vlm(), batches((2, 2)), torch.device("cpu")
-    model.no_sync = nullcontext
+    model = tiny_vlm()
 
     def length(limit):
-        """Of the gradient that train_step leaves behind, and of the one that it reports."""
-        model.zero_grad()
-        tokens = count_together(parts, False, cpu)["tokens"]
-        _, norm, _ = train_step(model, parts, tokens, limit, cpu, False, right_tokens)
-        return torch.cat([p.grad.flatten() for p in model.parameters()
-                          if p.grad is not None]).norm().item(), norm
+        """Of the gradient that the optimizer sees, and of the one that the step reports."""
+        grads, norm = seen_by_the_optimizer(model, batches((2, 2)), limit)
+        return torch.cat([grad.flatten() for grad in grads.values()]).norm().item(), norm
 
     free, reported = length(1e9)
     assert reported == pytest.approx(free)
@@ -233,7 +234,7 @@ def test_logits_in_pieces_change_no_loss_no_guess_and_no_gradient(monkeypatch):
     whole, pieces = tiny_vlm(), tiny_vlm()
     batch, = batches((4,))
     want, guessed = whole(batch["input_ids"], batch["labels"], batch["pixel_values"])
-    monkeypatch.setattr("model.PIECE", 3)                   # of ten supervised positions
+    monkeypatch.setattr("model.CHUNK", 3)                   # of ten supervised positions
     got, again = pieces(batch["input_ids"], batch["labels"], batch["pixel_values"])
     (want * 2).backward(), (got * 2).backward()
     assert_close(got, want)
@@ -322,7 +323,7 @@ def test_a_random_model_starts_at_ln_v_and_overfits_one_batch(llm):
     model = tiny_vlm(llm=llm)
     batch = batches([4])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    losses = [one_step(model, batch, optimizer) for _ in range(150)]
+    losses = [one_step(model, batch, optimizer)[0] for _ in range(150)]
     assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.1)
     assert losses[-1] < 0.05
 
@@ -353,7 +354,7 @@ def test_a_text_only_step_leaves_the_projector_and_its_adam_state_alone():
 def test_batched_generation_equals_one_by_one(llm):
     assistant = object.__new__(Assistant)                   # without a run folder: only what answering needs
     assistant.device, assistant.model = torch.device("cpu"), tiny_vlm(llm=llm).eval()
-    assistant.language = type("Language", (), {"stop": 2})()
+    assistant.language = type("Language", (), {"end_id": 2})()
     examples = [example(i, pictures) for i, pictures in ((0, 1), (5, 0), (2, 2), (7, 1))]
     together = assistant.answer_ids(examples, max_new_tokens=20)
     assert together == [assistant.answer_ids([one], max_new_tokens=20)[0] for one in examples]
@@ -364,7 +365,7 @@ def test_generation_that_sees_its_padding_would_be_caught():
     model, examples = tiny_vlm().eval(), [example(0), example(7)]
     assistant = object.__new__(Assistant)
     assistant.device, assistant.model = torch.device("cpu"), model
-    assistant.language = type("Language", (), {"stop": 2})()
+    assistant.language = type("Language", (), {"end_id": 2})()
     want, generate = assistant.answer_ids(examples, max_new_tokens=20), model.llm.generate
     model.llm.generate = lambda attention_mask, **how: generate(attention_mask=attention_mask | 1, **how)
     assert assistant.answer_ids(examples, max_new_tokens=20)[0] != want[0]      # the shorter one has padding

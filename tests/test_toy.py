@@ -1,11 +1,11 @@
-"""toy.py: the questions have true answers, and nothing that is held out occurs in training."""
+"""toy/world.py: the questions have true answers, and nothing that is held out occurs in training."""
 import json
 import random
 
 import pytest
 
-import toy
-from toy import Thing
+from toy import world
+from toy.world import Thing
 
 SCENE = (Thing("red", "circle", 0), Thing("blue", "star", 4), Thing("red", "heart", 8))
 MOVE = "What action should the robot take to put the {} on the {}?"
@@ -38,7 +38,7 @@ SOME = {"count": {"How many shapes are there?": "three", "How many red shapes ar
 
 def asked(kind):
     rng = random.Random(0)
-    pairs = [toy.ASK[kind](SCENE, rng) for _ in range(500)]
+    pairs = [world.ASK[kind](SCENE, rng) for _ in range(500)]
     assert all(dict(pairs)[question] == answer for question, answer in pairs)   # one answer to each question
     return dict(pairs)
 
@@ -55,20 +55,20 @@ def test_some_of_many_questions_about_a_scene(kind):
 
 
 def test_every_kind_of_question_is_tested():
-    assert {*ANSWERS, *SOME} == set(toy.ASK)
+    assert {*ANSWERS, *SOME} == set(world.ASK)
 
 
 def test_a_scene_is_drawn_only_once_even_if_there_are_few(tmp_path, monkeypatch):
     pool = [(Thing(color, shape, 0), Thing("red", "heart", 8))
-            for color in toy.COLORS for shape in toy.SHAPES]
-    monkeypatch.setattr(toy, "random_scene", lambda rng: rng.choice(pool))
-    writer = toy.Writer(tmp_path, seed=0)
+            for color in world.COLORS for shape in world.SHAPES]
+    monkeypatch.setattr(world, "random_scene", lambda rng: rng.choice(pool))
+    writer = world.Writer(tmp_path, seed=0)
     scenes, names = zip(*(writer.scene("test") for _ in pool))
     assert set(scenes) == set(pool) and len(set(names)) == len(pool)
 
 
 def test_no_held_out_scene_occurs_in_training(tmp_path):
-    toy.write(tmp_path, seed=3, scale=0.02)
+    world.write(tmp_path, seed=3, scale=0.02)
     captions, pictures = {}, {}
     for name in ("align", "finetune", "val_align", "val", "test"):
         rows = json.loads((tmp_path / f"{name}.json").read_text())

@@ -1,15 +1,21 @@
-"""toy_robot.py: the expert does what it is told, noise included; guessing or being told wrong fails."""
+"""toy/robot.py: the expert does what it is told, noise included; guessing or being told wrong fails."""
 import doctest
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import toy_robot
-from toy import PIXELS, Thing
-from toy_robot import (MOST_STEPS, STEP, Table, Task, random_task, record, rollout, swapped, unseen_layout,
-                       unseen_pair)
+import generate
+from config import UserError
+from toy import robot
+from toy.robot import (MOST_STEPS, STEP, RobotConfig, Table, Task, random_task, record, rollout, swapped,
+                       unseen_layout, unseen_pair)
+from toy.world import PIXELS, Thing
 
 KINDS = ("training", "unseen layouts", "unseen pairs")
 
@@ -80,7 +86,7 @@ def test_in_a_rollout_the_expert_does_what_it_is_told_and_the_table_ends(swap, m
         told.update(instructions)
         return [table.expert(wanted(table)) for table in running]
 
-    monkeypatch.setattr(toy_robot, "Table", Seen)
+    monkeypatch.setattr(robot, "Table", Seen)
     results = rollout(expert, 50, swap=swap)
     assert [result["success"] for result in results] == [not swap] * 50
     assert [result["instruction"] for result in results] == [str(table.task) for table in tables]
@@ -120,7 +126,7 @@ def test_success_is_the_thing_let_go_on_top_of_the_target():
 
 def test_same_seed_same_files_and_what_is_held_out_stays_out(tmp_path):
     for name in "ab":
-        toy_robot.write(tmp_path / name, seed=3, episodes=40)
+        robot.write(tmp_path / name, seed=3, episodes=40)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
     assert files == sorted(path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*.*"))
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
@@ -176,8 +182,86 @@ def test_what_is_held_does_not_hide_the_target():
 def test_film_strips_show_successes_and_failures(tmp_path):
     results = rollout(lambda pictures, _: np.zeros((len(pictures), 3)), 4)
     results[0]["success"] = True
-    toy_robot.film_strips(results, tmp_path / "film.png")
+    robot.film_strips(results, tmp_path / "film.png")
     assert (tmp_path / "film.png").stat().st_size > 1000
+
+
+class Stub:
+    """An assistant whose policy only notes what it is asked. It always does the same."""
+
+    def __init__(self, policy=True):
+        self.policy, self.asked = policy, []
+
+    def act(self, pictures, instructions, key):
+        self.asked.append(SimpleNamespace(pictures=[picture for picture, in pictures],
+                                          instructions=list(instructions), key=key))
+        return np.zeros((len(pictures), 3))
+
+
+def let_act(monkeypatch, assistant, *flags):
+    monkeypatch.setattr(generate, "Assistant", lambda ckpt: assistant)
+    robot.main(robot.parse(RobotConfig, [str(flag) for flag in flags]))
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_the_scores_of_a_policy_are_written_and_it_sees_black_only_if_asked(
+        blank, tmp_path, monkeypatch, capsys):
+    def known_results(policy, count, unseen, swap):
+        result = rollout(policy, count, unseen, swap)
+        for i, one in enumerate(result):
+            one["success"] = unseen or i == 0
+        return result
+
+    monkeypatch.setattr(robot, "rollout", known_results)
+    stub = Stub()
+    let_act(monkeypatch, stub, "--ckpt", tmp_path, "--rollouts", 4, "--batch_size", 3,
+            "--unnorm_key", "mine", *["--blank_images"] * blank)
+    assert json.loads((tmp_path / "rollouts.json").read_text()) == {
+        "unseen layouts": {"success": 0.25, "count": 4}, "unseen pairs": {"success": 1.0, "count": 4}}
+    assert (tmp_path / "rollouts.png").stat().st_size > 1000
+    assert capsys.readouterr().out.splitlines() == [
+        "unseen layouts     25.0%   of 4", "unseen pairs      100.0%   of 4",
+        f"pictures {tmp_path / 'rollouts.png'}", f"scores   {tmp_path / 'rollouts.json'}"]
+    assert [len(call.pictures) for call in stub.asked] == [3, 1] * MOST_STEPS * 2
+    assert {call.key for call in stub.asked} == {"mine"}
+    for call in stub.asked:
+        assert all((picture.getbbox() is None) == blank and picture.size == (PIXELS, PIXELS)
+                   for picture in call.pictures)            # getbbox: None = all black
+
+
+def test_told_the_wrong_task_a_policy_gets_every_instruction_the_other_way_round(tmp_path, monkeypatch):
+    told = {}
+    for flag in ("--no-wrong_instruction", "--wrong_instruction"):
+        stub = Stub()
+        let_act(monkeypatch, stub, "--ckpt", "run", "--rollouts", 2, flag,
+                "--out", tmp_path / "new" / "s.json")
+        told[flag] = [call.instructions for call in stub.asked]
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["rollouts.png", "s.json"]
+    for right, wrong in zip(*told.values(), strict=True):
+        for one, other in zip(right, wrong, strict=True):
+            thing, target = one.removeprefix("put the ").split(" on the ")
+            assert other == f"put the {target} on the {thing}"
+
+
+def test_a_run_that_is_no_policy_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="^--ckpt runs/x is no policy: give a run that was trained by"):
+        let_act(monkeypatch, Stub(policy=None), "--ckpt", "runs/x")
+
+
+@pytest.mark.parametrize("flags, says", [
+    ({"episodes": 0}, "--episodes is 0, but must be at least 1"),
+    ({"ckpt": "run", "rollouts": 0}, "--rollouts is 0, but must be at least 1"),
+    ({"ckpt": "run", "batch_size": -1}, "--batch_size is -1, but must be at least 1"),
+    ({"rollouts": 5}, "--rollouts is of no use without --ckpt"),
+    ({"ckpt": "run", "episodes": 5}, "--episodes is of no use with --ckpt")])
+def test_flags_that_make_no_sense_are_refused(flags, says):
+    with pytest.raises(UserError, match=says):
+        RobotConfig(**flags)
+
+
+def test_writing_episodes_does_not_wait_for_torch():
+    code = "import sys; from toy import robot; assert not {'torch', 'generate'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(robot.__file__).parent.parent, check=True)
 
 
 def test_episodes_end_with_the_task_done_and_begin_in_all_kinds_of_states():
@@ -186,11 +270,11 @@ def test_episodes_end_with_the_task_done_and_begin_in_all_kinds_of_states():
     starts = []
     for rng in map(random.Random, range(200)):
         table = Table(random_task(rng), rng)
-        toy_robot.random_start(table, rng)
+        robot.random_start(table, rng)
         starts.append("open" if table.open else "nothing" if table.held is None else
                       "thing" if table.held == table.task.thing else "wrong")
     assert min(starts.count(kind) for kind in ("open", "nothing", "thing", "wrong")) >= 4
 
 
 def test_worked_examples():
-    assert doctest.testmod(toy_robot).attempted >= 1 and doctest.testmod(toy_robot).failed == 0
+    assert doctest.testmod(robot).attempted >= 1 and doctest.testmod(robot).failed == 0

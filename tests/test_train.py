@@ -22,9 +22,11 @@ from torch.testing import assert_close
 import checkpoint
 import config
 import generate
-import toy
 import train
-from data import IGNORE, BadExample
+import ranks
+from config import BadExample
+from prompts import IGNORE
+from toy import world as toy_world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def world(tmp_path_factory):
     """About 60 captions and 70 conversations: text only, one picture, two pictures."""
     folder = tmp_path_factory.mktemp("world")
-    toy.write(folder, seed=5, scale=0.01)
+    toy_world.write(folder, seed=5, scale=0.01)
     return folder
 
 
@@ -157,13 +159,13 @@ def assert_text_only_steps_leave_the_projector_alone(run, metrics):
 
 
 def test_the_curve_of_a_mean_of_means_would_be_caught(world, one_rank, tmp_path, monkeypatch):
-    def mean_of_means(model, micro_batches, tokens, *others):
+    def mean_of_means(model, optimizer, micro_batches, tokens, *others):
         def forward(input_ids, labels, pixel_values):
             loss, predicted = model(input_ids, labels, pixel_values)
             own = (labels[:, 1:] != IGNORE).sum()
             return loss / own * tokens / len(micro_batches), predicted      # `exact` divides by tokens
         forward.no_sync, forward.parameters = model.no_sync, model.parameters
-        return exact(forward, micro_batches, tokens, *others)
+        return exact(forward, optimizer, micro_batches, tokens, *others)
 
     exact = train.train_step
     monkeypatch.setattr(train, "train_step", mean_of_means)
@@ -245,7 +247,7 @@ def test_a_disk_that_is_full_between_two_checkpoints_is_explained(world, tmp_pat
     with pytest.raises(OSError) as e:
         train_here(monkeypatch, world, tmp_path, "--max_steps", "1")
     said = "the disk refuses to write ([Errno 28] No space left on device: 'metrics.jsonl')"
-    assert train.explain(e.value)[0].startswith(said)
+    assert ranks.explain(e.value)[0].startswith(said)
 
 
 def test_a_run_that_continues_without_its_optimizer_would_be_caught(world, one_rank, tmp_path, monkeypatch):
@@ -295,22 +297,19 @@ def test_overwrite_that_is_killed_half_way_leaves_no_old_step_in_the_new_run(tmp
 
     cfg = config.Config(train_json="a.json", image_dir="b", run_root=str(tmp_path), run_id="r",
                         overwrite=True)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        train.prepare(cfg, tmp_path / "r", 0, restarted=False)
-        (tmp_path / "r" / "step-00000004").mkdir()
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "shutil", SimpleNamespace(rmtree=killed))
-            with pytest.raises(KeyboardInterrupt):
-                train.prepare(cfg, tmp_path / "r", 0, restarted=False)
-        for _ in range(2):
-            train.prepare(cfg, tmp_path / "r", 0, restarted=False)
-            assert [path.name for path in (tmp_path / "r").iterdir()] == ["config.json"]
-        (tmp_path / "r" / "step-00000004").mkdir()
-        train.prepare(cfg, tmp_path / "r", 0, restarted=True)           # by torchrun, which began it itself
-        assert (tmp_path / "r" / "step-00000004").exists()
-    finally:
-        dist.destroy_process_group()
+    run = tmp_path / "r"
+    checkpoint.open_run(cfg, run, restarted=False)
+    (run / "step-00000004").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.open_run(cfg, run, restarted=False)
+    for _ in range(2):
+        checkpoint.open_run(cfg, run, restarted=False)
+        assert [path.name for path in run.iterdir()] == ["config.json"]
+    (run / "step-00000004").mkdir()
+    checkpoint.open_run(cfg, run, restarted=True)           # by torchrun, which began it itself
+    assert (run / "step-00000004").exists()
 
 
 def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(world, tmp_path, monkeypatch):
@@ -363,7 +362,7 @@ ENDS = {        # error: how its explanation begins, whether it is an echo
     "Connection reset by peer": (
         ConnectionResetError, READER_DIED + "(Connection reset by peer). Lower", False),
     "gloo: Connection closed by peer": (RuntimeError, "RuntimeError: gloo: Connection closed by peer", True),
-    "another rank met a bad example": (train.OtherRank, "another rank met a bad example", True),
+    "another rank met a bad example": (ranks.OtherRank, "another rank met a bad example", True),
     "one sentence": (config.UserError, "one sentence", False),
     "a bug": (RuntimeError, "RuntimeError: a bug", False)}
 
@@ -372,13 +371,13 @@ ENDS = {        # error: how its explanation begins, whether it is an echo
 def test_an_error_is_explained(said):
     kind, begins, echo = ENDS[said]
     error = kind(said) if said else kind()
-    text, is_echo = train.explain(error)
+    text, is_echo = ranks.explain(error)
     assert text.startswith(begins) and is_echo == echo
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_disk_that_refuses_is_explained(number):
-    text, echo = train.explain(OSError(number, os.strerror(number), "r/metrics.jsonl"))
+    text, echo = ranks.explain(OSError(number, os.strerror(number), "r/metrics.jsonl"))
     assert text.startswith(f"the disk refuses to write ([Errno {number}] ") and not echo
     assert "r/metrics.jsonl" in text
 

@@ -26,11 +26,10 @@ from transformers import (GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, 
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import toy  # noqa: E402
-import toy_robot  # noqa: E402
+from toy import robot, world  # noqa: E402
 
 PATCH = 16
-SIDE = toy.PIXELS // PATCH                      # 6: a picture is 6 x 6 patches, a cell 2 x 2 of them
+SIDE = world.PIXELS // PATCH                    # 6: a picture is 6 x 6 patches, a cell 2 x 2 of them
 SPARE = 256                                     # unused ids at the end of the vocabulary, for robot actions
 IGNORE = -100
 
@@ -50,7 +49,7 @@ def patch_labels(scene, gripper=None, is_open=True):
     """For each patch: color and shape of the thing of its cell, and the gripper if it is near
     -> (3, 36), 0 = none."""
     things = {thing.cell: thing for thing in scene}
-    colors, shapes = list(toy.COLORS), toy.SHAPES
+    colors, shapes = list(world.COLORS), world.SHAPES
     patches = range(SIDE * SIDE)
     here = [things.get(cell_of(patch)) for patch in patches]
     centers = [((patch // SIDE + 0.5) * PATCH, (patch % SIDE + 0.5) * PATCH) for patch in patches]
@@ -61,11 +60,11 @@ def patch_labels(scene, gripper=None, is_open=True):
 
 
 def labeled_picture(rng):
-    """A scene, half of them under the gripper of toy_robot.py -> pixels (H, W, 3), labels (3, 36)."""
-    scene = toy.random_scene(rng)
+    """A scene, half of them under the gripper of toy/robot.py -> pixels (H, W, 3), labels (3, 36)."""
+    scene = world.random_scene(rng)
     if rng.random() < 0.5:
-        return np.asarray(toy.draw(scene, rng)), patch_labels(scene)
-    table = toy_robot.Table(toy_robot.Task(scene, 0, 1), rng)
+        return np.asarray(world.draw(scene, rng)), patch_labels(scene)
+    table = robot.Table(robot.Task(scene, 0, 1), rng)
     table.open = rng.random() < 0.5
     if not table.open and rng.random() < 0.5:               # it holds a thing, which left its cell
         table.take(rng.randrange(len(scene)))
@@ -89,10 +88,10 @@ def scale_features(model, pixels):
 
 def train_vision(steps, out, batch=64, pictures=12000):
     config = SiglipVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=5,
-                                num_attention_heads=4, image_size=toy.PIXELS, patch_size=PATCH,
+                                num_attention_heads=4, image_size=world.PIXELS, patch_size=PATCH,
                                 vision_use_head=False)
     model = SiglipVisionModel(config)
-    heads = nn.ModuleList([nn.Linear(128, 1 + kinds) for kinds in (len(toy.COLORS), len(toy.SHAPES), 2)])
+    heads = nn.ModuleList([nn.Linear(128, 1 + kinds) for kinds in (len(world.COLORS), len(world.SHAPES), 2)])
     rng = random.Random(1)
     pixels, labels = zip(*(labeled_picture(rng) for _ in range(pictures)))
     pixels = torch.from_numpy(np.stack(pixels))                                         # (n, H, W, 3)
@@ -121,7 +120,7 @@ def train_vision(steps, out, batch=64, pictures=12000):
                   f"shape {right[1]:.4f} gripper {right[2]:.4f}", flush=True)
     scale_features(model, x)
     model.to(torch.bfloat16).save_pretrained(out / "vit")
-    SiglipImageProcessorPil(size={"height": toy.PIXELS, "width": toy.PIXELS}, image_mean=[0.5] * 3,
+    SiglipImageProcessorPil(size={"height": world.PIXELS, "width": world.PIXELS}, image_mean=[0.5] * 3,
                             image_std=[0.5] * 3, resample=3, do_convert_rgb=True).save_pretrained(out / "vit")
 
 
@@ -144,29 +143,29 @@ def asked(question, answer):
 # Each round has more of what the one before had not yet learned; the last one adds the plans.
 MIX = ((0.20, 0.05, 0.35, 0.15, 0.25), (0.08, 0.04, 0.28, 0.30, 0.30), (0.08, 0.04, 0.50, 0.13, 0.25),
        (0.08, 0.04, 0.60, 0.10, 0.18))
-FIRST = [ask for ask in toy.ASK.values() if ask is not toy.ask_plan]
-ASKED = (FIRST, [*FIRST, toy.ask_count, toy.ask_comparison],
-         [*FIRST, toy.ask_color, toy.ask_shape, toy.ask_comparison, toy.ask_comparison],
-         [*FIRST, toy.ask_comparison, toy.ask_plan, toy.ask_plan, toy.ask_plan, toy.ask_plan])
+FIRST = [ask for ask in world.ASK.values() if ask is not world.ask_plan]
+ASKED = (FIRST, [*FIRST, world.ask_count, world.ask_comparison],
+         [*FIRST, world.ask_color, world.ask_shape, world.ask_comparison, world.ask_comparison],
+         [*FIRST, world.ask_comparison, world.ask_plan, world.ask_plan, world.ask_plan, world.ask_plan])
 
 
 def document(rng, turn=0):
     """A text as pieces (text, learn it?): maps and questions are read, captions and answers are learned."""
-    kind, scene = rng.choices(range(5), weights=MIX[turn])[0], toy.random_scene(rng)
+    kind, scene = rng.choices(range(5), weights=MIX[turn])[0], world.random_scene(rng)
     if kind == 0:
-        return [(scene_map(scene), False), (toy.caption(scene), True)]
+        return [(scene_map(scene), False), (world.caption(scene), True)]
     if kind == 1:
-        return [(scene_map(scene), False), *asked("Describe the picture.", toy.caption(scene))]
+        return [(scene_map(scene), False), *asked("Describe the picture.", world.caption(scene))]
     if kind == 2:
         asks = rng.sample(ASKED[turn], len(ASKED[turn]))
         return [(scene_map(scene), False), *(piece for ask in asks for piece in asked(*ask(scene, rng)))]
     if kind == 3:
-        other = toy.random_scene(rng)
-        first, *more = [asked(*toy.ask_two(scene, other, rng)) for _ in range(4 if turn else 1)]
+        other = world.random_scene(rng)
+        first, *more = [asked(*world.ask_two(scene, other, rng)) for _ in range(4 if turn else 1)]
         return [("In: ", False), (scene_map(scene), False), ("\n", False), (scene_map(other), False),
                 ("\n" + first[0][0].removeprefix("In: "), False), first[1],
                 *(piece for pair in more for piece in pair)]
-    asks = rng.choices(list(toy.ASK_TEXT.values()), weights=(1, 1, 6 if turn else 2), k=3)
+    asks = rng.choices(list(world.ASK_TEXT.values()), weights=(1, 1, 6 if turn else 2), k=3)
     return [piece for ask in asks for piece in asked(*ask(rng))]
 
 
@@ -175,7 +174,7 @@ def make_tokenizer():
     rng = random.Random(2)
     texts = ["".join(text for text, _ in document(rng)) for _ in range(20000)]
     # No rare thing: one word each.
-    texts += [f" {color}{shape}" * 2000 for color in toy.COLORS for shape in toy.SHAPES]
+    texts += [f" {color}{shape}" * 2000 for color in world.COLORS for shape in world.SHAPES]
     split = lambda: pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = split()
@@ -267,23 +266,23 @@ def save_language(model, tokenizer, out):
 def score_language(model, tokenizer, count=100):
     """Share of answers that are right in every token, for each kind of question, on texts never seen."""
     rng = random.Random(4)
-    asks = {**toy.ASK, "two": None, "caption": None, **toy.ASK_TEXT}
+    asks = {**world.ASK, "two": None, "caption": None, **world.ASK_TEXT}
     scores = []
     for kind, ask in asks.items():
         documents = []
         for _ in range(count):
-            scene, other = toy.random_scene(rng), toy.random_scene(rng)
+            scene, other = world.random_scene(rng), world.random_scene(rng)
             head = [(scene_map(scene), False)]
             if kind == "caption":
-                documents.append(head + [(toy.caption(scene), True)])
+                documents.append(head + [(world.caption(scene), True)])
                 continue
             if kind == "two":
-                question, answer = toy.ask_two(scene, other, rng)
+                question, answer = world.ask_two(scene, other, rng)
                 head = [("In: ", False), *head, ("\n", False), (scene_map(other), False)]
                 documents.append(head + [(f"\n{question}\nOut:", False), (f" {answer}", True)])
                 continue
-            question, answer = ask(scene, rng) if kind in toy.ASK else ask(rng)
-            documents.append(head * (kind in toy.ASK) + asked(question, answer))
+            question, answer = ask(scene, rng) if kind in world.ASK else ask(rng)
+            documents.append(head * (kind in world.ASK) + asked(question, answer))
         input_ids, labels = encode_documents(documents, tokenizer)
         guess = model(input_ids).logits[:, :-1].argmax(-1)                                   # (B, T - 1)
         right = ((guess == labels[:, 1:]) | (labels[:, 1:] == IGNORE)).all(1).float().mean().item()

@@ -3,7 +3,7 @@
 A scene is two to four colored shapes on a 3 x 3 grid. From a seed come the pictures, their captions,
 questions about one or two pictures, and tasks that are text only, all as LLaVA JSON + PNG:
 
-    python toy.py                 # writes data/toy (seconds); `train.py` does it by itself on the first run
+    python toy/world.py           # writes data/toy (seconds); `train.py` does it by itself on the first run
 
 The two small backbones in `toy/` were trained on this world by `toy/pretrain.py`.
 """
@@ -163,7 +163,7 @@ def ask_yes_no(scene, rng):
 
 
 def ask_plan(scene, rng):
-    """What a robot would be asked (see toy_robot.py), answered in words: from where to where."""
+    """What a robot would be asked (see toy/robot.py), answered in words: from where to where."""
     a, b = rng.sample(scene, 2)
     return (f"What action should the robot take to put the {a} on the {b}?",
             f"{CELLS[a.cell]} to {CELLS[b.cell]}")

@@ -1,27 +1,32 @@
 """A robot in the drawn world: the default data of stage `vla`. Nothing is downloaded.
 
-A table seen from above, two to four colored shapes as in toy.py, and a gripper. The task is one sentence,
+A table seen from above, two to four colored shapes as in world.py, and a gripper. The task is one sentence,
 such as "put the red circle on the blue square". Places are in pixels of the picture, row first: (0, 0) is the
 top left corner. An action is (row, column, grip): where to move, of which one action does at most STEP on
 each axis; grip 1 = open, 0 = close.
 
-    python toy_robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
+    python toy/robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
+    python toy/robot.py --ckpt runs/toy-vla-x7 --rollouts 100       # lets a policy act: how often is it done?
 
 The arm is not exact: each move misses its place a little. The expert's next action depends only on what the
 picture shows, so a policy can learn it from single pictures. While it is recorded, the gripper sometimes
 opens or closes at the wrong time, too: so the data shows how to recover.
 """
-import argparse
 import json
 import random
+import sys
 import zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import toy
+# `python toy/robot.py` puts this file's folder on the path, but the modules are found from the one above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from config import UserError, knob, parse  # noqa: E402
+from toy import world  # noqa: E402
 
 STEP = 20.0                                         # one action moves so far on each axis, at most [pixels]
 REACH = 12.0                                        # a closing gripper takes what is so near [pixels]
@@ -32,6 +37,36 @@ HELD = 0.6                                          # a held thing looks smaller
 NOISE = 4.0                                         # a move misses by so much (standard deviation) [pixels]
 MARGIN = 13.0                                       # the gripper stays so far from the edge [pixels]
 MOST_STEPS = 30
+
+
+@dataclass(frozen=True)
+class RobotConfig:
+    folder: str = knob("data/toy_robot", "where the episodes are written")
+    seed: int = knob(0, "another seed writes other episodes")
+    episodes: int = knob(4000, "how many to write for training", "episodes")
+    ckpt: str = knob("", "run folder or step folder of a policy: it acts, and no episodes are written")
+    rollouts: int = knob(100, "with --ckpt: unseen scenes of each kind, in which the policy acts", "episodes")
+    batch_size: int = knob(50, "with --ckpt: pictures that the policy is asked about at once", "pictures")
+    unnorm_key: str = knob(
+        "", "with --ckpt: the dataset whose units the actions are in; needed if the policy knows several")
+    wrong_instruction: bool = knob(
+        False, "with --ckpt: tell the policy another task than the one that counts")
+    blank_images: bool = knob(
+        False, "with --ckpt: replace every picture by a black one: does the policy look at all?")
+    out: str = knob("", "with --ckpt: where the scores go; empty = rollouts.json in the run folder. "
+                        "rollouts.png is drawn beside it")
+
+    def __post_init__(self):
+        for name in ("episodes", "rollouts", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
+        # Otherwise --rollouts without --ckpt would write thousands of episodes, which nobody asked for.
+        unread = ("folder", "seed", "episodes") if self.ckpt else (
+            "rollouts", "batch_size", "unnorm_key", "wrong_instruction", "blank_images", "out")
+        for f in fields(self):
+            if f.name in unread and getattr(self, f.name) != f.default:
+                raise UserError(f"--{f.name} is of no use {'with' if self.ckpt else 'without'} --ckpt: "
+                                "with it a policy acts, without it episodes are written")
 
 
 class Task(NamedTuple):
@@ -46,11 +81,11 @@ class Task(NamedTuple):
 
 def unseen_layout(scene):
     """One scene in five never occurs in training: decided by its words, so whatever the seed."""
-    return zlib.crc32(toy.caption(scene).encode()) % 5 == 0
+    return zlib.crc32(world.caption(scene).encode()) % 5 == 0
 
 
 def unseen_pair(thing, target):
-    """In training nothing is put on the color that follows its own in toy.COLORS: no red on green, ...
+    """In training nothing is put on the color that follows its own in world.COLORS: no red on green, ...
 
     So a sixth of the pairs of colors is new, while every thing was moved and was a target. There are more
     pairs of things than episodes: to leave out some of those would not differ much from chance.
@@ -58,7 +93,7 @@ def unseen_pair(thing, target):
     >>> unseen_pair("red circle", "green star"), unseen_pair("green star", "red circle")
     (True, False)
     """
-    colors = list(toy.COLORS)
+    colors = list(world.COLORS)
     first, second = (colors.index(name.split()[0]) for name in (thing, target))
     return second == (first + 1) % len(colors)
 
@@ -66,7 +101,7 @@ def unseen_pair(thing, target):
 def random_task(rng, kind="training"):
     """`kind`: "training", "unseen layouts" or "unseen pairs", whose layouts are unseen as well."""
     while True:
-        scene = toy.random_scene(rng)
+        scene = world.random_scene(rng)
         thing, target = rng.sample(range(len(scene)), 2)
         if (unseen_layout(scene) == (kind != "training")
                 and unseen_pair(str(scene[thing]), str(scene[target])) == (kind == "unseen pairs")):
@@ -74,7 +109,7 @@ def random_task(rng, kind="training"):
 
 
 def anywhere(rng):
-    return np.array([rng.uniform(MARGIN, toy.PIXELS - MARGIN) for _ in range(2)])
+    return np.array([rng.uniform(MARGIN, world.PIXELS - MARGIN) for _ in range(2)])
 
 
 class Table:
@@ -82,14 +117,14 @@ class Table:
 
     def __init__(self, task, rng):
         self.task = task
-        cell, paper = toy.PIXELS / 3, rng.randint(225, 250)
+        cell, paper = world.PIXELS / 3, rng.randint(225, 250)
         self.paper = (paper, paper, paper - rng.randint(0, 12))
         self.places = np.array([((t.cell // 3 + 0.5) * cell + rng.uniform(-3, 3),           # (things, 2)
                                  (t.cell % 3 + 0.5) * cell + rng.uniform(-3, 3)) for t in task.scene])
-        self.looks = []                                     # color, radius, angle: varied as by toy.draw
+        self.looks = []                                     # color, radius, angle: varied as by world.draw
         for thing in task.scene:
             shade = rng.uniform(0.88, 1.05)
-            color = tuple(min(255, int(c * shade) + rng.randint(-8, 8)) for c in toy.COLORS[thing.color])
+            color = tuple(min(255, int(c * shade) + rng.randint(-8, 8)) for c in world.COLORS[thing.color])
             self.looks.append((color, rng.uniform(9.5, 12.5), rng.uniform(-0.25, 0.25)))
         self.stack = list(range(len(task.scene)))           # from below: what was taken last lies on top
         self.gripper, self.open, self.held = anywhere(rng), True, None
@@ -103,7 +138,7 @@ class Table:
     def step(self, action):
         """(row, column, grip): first the gripper moves, with what it holds, then it opens or closes."""
         move = np.clip(action[:2] - self.gripper, -STEP, STEP)
-        self.gripper = np.clip(self.gripper + move, MARGIN, toy.PIXELS - MARGIN)
+        self.gripper = np.clip(self.gripper + move, MARGIN, world.PIXELS - MARGIN)
         if self.held is not None:
             self.places[self.held] = self.gripper
         self.open = bool(action[2] > 0.5)
@@ -139,14 +174,14 @@ class Table:
         return np.round(place / GRID) * GRID
 
     def picture(self):
-        fine = 3                                            # as toy.draw: drawn larger, then averaged
-        image = Image.new("RGB", (toy.PIXELS * fine,) * 2, self.paper)
+        fine = 3                                            # as world.draw: drawn larger, then averaged
+        image = Image.new("RGB", (world.PIXELS * fine,) * 2, self.paper)
         canvas = ImageDraw.Draw(image)
         for i in self.stack:
             color, radius, angle = self.looks[i]
             y, x = self.places[i] * fine
             size = radius * (HELD if i == self.held else 1) * fine
-            toy.draw_shape(canvas, self.task.scene[i].shape, color, x, y, size, angle)
+            world.draw_shape(canvas, self.task.scene[i].shape, color, x, y, size, angle)
         # Open or closed decides what comes next, so a lamp shows it too. Nothing else has these two colors.
         y, x = self.gripper * fine
         gap, color = (15 * fine, (30, 30, 34)) if self.open else (7 * fine, (255, 90, 200))
@@ -248,8 +283,8 @@ def film_strips(results, path, rows=8, columns=10):
     good = [r for r in results if r["success"]]
     bad = [r for r in results if not r["success"]]
     shown = (good[:max(rows - len(bad), rows // 2)] + bad)[:rows]
-    font, height = ImageFont.load_default(12), toy.PIXELS + 22
-    sheet = Image.new("RGB", (columns * (toy.PIXELS + 4), len(shown) * height), "white")
+    font, height = ImageFont.load_default(12), world.PIXELS + 22
+    sheet = Image.new("RGB", (columns * (world.PIXELS + 4), len(shown) * height), "white")
     canvas = ImageDraw.Draw(sheet)
     for row, result in enumerate(shown):
         color = "darkgreen" if result["success"] else "firebrick"
@@ -258,13 +293,52 @@ def film_strips(results, path, rows=8, columns=10):
         text = f"{result['instruction']}: {end} after {steps} steps"
         canvas.text((4, row * height + 3), text, fill=color, font=font)
         for column, i in enumerate(np.linspace(0, steps, min(columns, steps + 1)).astype(int)):
-            sheet.paste(result["pictures"][i], (column * (toy.PIXELS + 4), row * height + 19))
+            sheet.paste(result["pictures"][i], (column * (world.PIXELS + 4), row * height + 19))
     sheet.save(path)
 
 
+def success_rates(assistant, cfg):
+    """-> {kind: {"success", "count"}}, and every table's result for the film strips."""
+    def policy(pictures, instructions):
+        if cfg.blank_images:
+            pictures = [Image.new("RGB", picture.size) for picture in pictures]
+        return np.concatenate([assistant.act([[picture] for picture in pictures[i:i + cfg.batch_size]],
+                                             instructions[i:i + cfg.batch_size], cfg.unnorm_key)
+                               for i in range(0, len(pictures), cfg.batch_size)])
+    scores, shown = {}, []
+    for kind, unseen in (("unseen layouts", False), ("unseen pairs", True)):
+        results = rollout(policy, cfg.rollouts, unseen, cfg.wrong_instruction)
+        scores[kind] = {"success": sum(result["success"] for result in results) / len(results),
+                        "count": len(results)}
+        print(f"{kind:<16} {scores[kind]['success']:7.1%}   of {len(results)}", flush=True)
+        shown += results
+    return scores, shown
+
+
+def let_act(cfg):
+    """Scores the policy of --ckpt in unseen scenes, and writes the scores and the film strips."""
+    from generate import Assistant      # only here: it imports torch, which writing episodes does not need
+    assistant = Assistant(cfg.ckpt)
+    if not assistant.policy:
+        raise UserError(f"--ckpt {cfg.ckpt} is no policy: give a run that was trained by --stage vla")
+    scores, shown = success_rates(assistant, cfg)
+    out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "rollouts.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    film_strips(shown, out.with_name("rollouts.png"))
+    print(f"pictures {out.with_name('rollouts.png')}")
+    out.write_text(json.dumps(scores, indent=1))
+    print(f"scores   {out}")
+
+
+def main(cfg):
+    if cfg.ckpt:
+        let_act(cfg)
+    else:
+        write(cfg.folder, cfg.seed, cfg.episodes)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", default="data/toy_robot", help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another world (%(default)s)")
-    parser.add_argument("--episodes", type=int, default=4000, help="how many for training (%(default)s)")
-    write(**vars(parser.parse_args()))
+    try:
+        main(parse(RobotConfig, description=__doc__.split("\n\n")[0]))
+    except UserError as e:
+        raise SystemExit(f"error: {e}")

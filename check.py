@@ -1,0 +1,105 @@
+"""Look at a data file before training on it: what is wrong, how long is it, what will the loss see?
+
+    python check.py FILE --image_dir DIR
+    python check.py FILE --image_dir DIR --stage vla        # episodes, and the statistics of their actions
+
+Every example is tokenised and every picture opened. Ends with 1 if something is wrong.
+"""
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from config import PRESETS, BadExample, Config, UserError, knob, parse
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    file: str = knob("", "file to check: LLaVA JSON, JSON lines, or episodes")
+    image_dir: str = knob("", "folder that the pictures' paths start from")
+    stage: Literal["align", "finetune", "vla"] = knob(
+        "finetune", "align drops the human turns; vla reads episodes")
+    preset: str = knob("toy", "takes the backbones from this preset")
+    vision_backbone: str = knob("", "folder or hub id; empty = the preset's")
+    llm_backbone: str = knob("", "folder or hub id; empty = the preset's")
+    image_resize: Config.__annotations__["image_resize"] = knob("resize-naive", "as in train.py")
+    prompt: Config.__annotations__["prompt"] = knob("auto", "as in train.py")
+    max_length: int = knob(2048, "as in train.py")
+    show_errors: int = knob(20, "errors to print; all are counted")
+
+    def __post_init__(self):
+        if not self.file:
+            raise UserError("which file? python check.py FILE --image_dir DIR")
+        if self.preset not in PRESETS:
+            raise UserError(f"--preset {self.preset}: there is none of this name. "
+                            f"Choose from {', '.join(PRESETS)}")
+
+    def backbone(self, name):
+        default = next(f.default for f in Config.__dataclass_fields__.values() if f.name == name)
+        return getattr(self, name) or PRESETS[self.preset].get("", {}).get(name, default)
+
+
+if __name__ == "__main__":
+    cfg = parse(CheckConfig, description="Check a data file.", positional="file")
+
+import numpy as np
+from tqdm import tqdm
+
+from data import Conversations
+from images import Pictures, load_image_transforms
+from prompts import IGNORE, load_language, show
+
+
+def open_file(cfg):
+    """-> the dataset that train.py would make of the file."""
+    language = load_language(cfg.backbone("llm_backbone"), cfg.prompt, captions=cfg.stage == "align")
+    transforms = load_image_transforms(cfg.backbone("vision_backbone"), cfg.image_resize)
+    about = cfg.file, language, Pictures(cfg.image_dir, transforms), cfg.max_length
+    if cfg.stage != "vla":
+        return Conversations(*about)
+    import actions
+    policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {})
+    data = actions.Episodes(*about, policy)
+    policy.learn_units(data)
+    print(json.dumps(policy.statistics, indent=1))
+    return data
+
+
+def check(cfg):
+    """Reads every example and every picture, prints what is wrong and what there is.
+    Returns the number of errors."""
+    data = open_file(cfg)
+    modality, lengths, supervised, errors, samples = Counter(), [], 0, [], []
+    for i in tqdm(range(len(data)), desc="checking", disable=None):
+        example = data[i]
+        if isinstance(example, BadExample):
+            errors.append(str(example))
+            continue
+        pictures = len(example["images"])
+        modality[("text only", "one picture")[pictures] if pictures < 2 else "several pictures"] += 1
+        lengths.append(len(example["input_ids"]))
+        supervised += int((example["labels"][1:] != IGNORE).sum())
+        if len(samples) < 3:
+            samples.append(show(example["input_ids"].tolist(), example["labels"].tolist(),
+                                data.language.tokenizer))
+    for error in errors[:cfg.show_errors]:
+        print("wrong:", error)
+    if len(errors) > cfg.show_errors:
+        print(f"... and {len(errors) - cfg.show_errors} more")
+    print(f"{len(data)} examples, {len(errors)} wrong ·",
+          ", ".join(f"{n} {name}" for name, n in modality.most_common()))
+    if lengths:
+        low, middle, high = np.percentile(lengths, (0, 50, 100)).astype(int)
+        print(f"positions: shortest {low}, median {middle}, longest {high}; "
+              f"{data.pictures.patches} per picture; "
+              f"{supervised / len(lengths):.1f} supervised per example; prompt {data.language.name}")
+    for sample in samples:
+        print("sample:", sample)
+    return len(errors)
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(1 if check(cfg) else 0)
+    except UserError as e:
+        raise SystemExit(f"error: {e}")

@@ -1,0 +1,157 @@
+"""A picture -> a tensor, exactly as the backbone's own processor makes it.
+
+A vision backbone knows pictures of one size, with the mean and the spread of color that it was trained on.
+Both stand in its preprocessor_config.json. A picture of other proportions must first become a square, and
+there are three ways to do that (--image_resize).
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from transformers import AutoConfig
+from transformers.image_processing_utils import BaseImageProcessor
+
+from config import BadExample, UserError
+
+
+class Pictures:
+    """Reads the pictures of an example: (3, size, size) tensors, one for each vision backbone.
+
+    image_dir:  folder that the pictures' names start from; names that lead out of it are refused.
+    transforms: one ImageTransform for each backbone.
+    augment:    a seed; pictures are then cropped and colored at random, differently in each epoch.
+    """
+
+    def __init__(self, image_dir, transforms, augment=None):
+        self.image_dir, self.transforms, self.augment = Path(image_dir), transforms, augment
+        # In shared memory: data workers live longer than an epoch and must learn of the next one.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def patches(self):
+        """Positions that one picture takes in the language model's input."""
+        return self.transforms[0].patches
+
+    def tensors(self, names, i):
+        """File names of example i -> for each picture, one tensor for each backbone. Raises BadExample."""
+        pictures = [read_image(self.path(name)) for name in names]
+        if self.augment is not None:
+            # From epoch and example alone: a run that continues sees the same crops, in any order of workers.
+            rng = np.random.default_rng((self.augment, int(self.epoch), i))
+            pictures = [distort(picture, rng) for picture in pictures]
+        return [self.views(picture) for picture in pictures]
+
+    def views(self, picture):
+        """An open picture (PIL, RGB) -> one tensor for each backbone."""
+        return [transform(picture) for transform in self.transforms]
+
+    def path(self, name):
+        path = self.image_dir / name
+        try:
+            inside = path.resolve().is_relative_to(self.image_dir.resolve())
+        except (OSError, ValueError, RuntimeError) as e:    # a link to itself, a zero byte, half a character
+            raise BadExample(f"picture {name!r} can't be read ({type(e).__name__}: {e}). "
+                             "Correct its name") from e
+        if not inside:
+            raise BadExample(f"picture {name} lies outside of --image_dir {self.image_dir}; "
+                             "such paths are refused")
+        return path
+
+
+def read_image(path):
+    """A picture file as RGB, the way a person sees it:
+    rotated by its EXIF tag, on white where it is transparent.
+
+    Of an animation, the first frame. Raises BadExample where the file is missing or can't be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):      # 16 bit: `convert` would clip everything above 255 to white
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise BadExample(f"picture {path} does not exist. Paths are relative to --image_dir") from None
+    except Exception as e:                              # decoders raise many kinds here; each means the same
+        raise BadExample(f"picture {path} can't be read ({type(e).__name__}: {e}). "
+                         "Replace it or drop the example") from e
+
+
+class ImageTransform:
+    """A picture -> (3, size, size) float tensor for one backbone, by that backbone's own preprocessor file.
+
+    resize: resize-naive squashes to a square; resize-crop cuts the longer side; letterbox pads with the
+    mean color. `patches` is the number of patches that the backbone makes of it. center_crop: see `distort`.
+    """
+
+    def __init__(self, size, patch_size, mean, std, resample=3, resize="resize-naive", center_crop=False):
+        self.center_crop = center_crop
+        self.size, self.resize, self.resample = size, resize, Image.Resampling(resample)
+        self.patches = (size // patch_size) ** 2
+        self.fill = tuple(round(255 * value) for value in mean)
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
+
+    def __call__(self, image):
+        square = (self.size, self.size)
+        if self.center_crop:
+            image = crop(image, 0.5, 0.5)
+        if self.resize == "resize-crop":
+            image = ImageOps.fit(image, square, self.resample)
+        elif self.resize == "letterbox":
+            image = ImageOps.pad(image, square, self.resample, color=self.fill)
+        else:
+            image = image.resize(square, self.resample)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                 # (3, size, size) uint8
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+def load_image_transforms(names, resize, center_crop=False):
+    """One ImageTransform for each backbone of a comma-separated list."""
+    transforms = []
+    for name in names.split(","):
+        try:
+            settings, _ = BaseImageProcessor.get_image_processor_dict(name)
+            config = AutoConfig.from_pretrained(name)
+            config = getattr(config, "vision_config", config)
+            size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+            if isinstance(size, dict):
+                size = size.get("height") or size["shortest_edge"]
+            transforms.append(ImageTransform(
+                size, config.patch_size, settings["image_mean"], settings["image_std"],
+                settings.get("resample", 3), resize, center_crop))
+        except Exception as e:                          # also what is missing in them: KeyError 'image_mean'
+            raise UserError(f"--vision_backbone {name}: config.json and preprocessor_config.json can't be "
+                            f"loaded from it ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
+    if len({transform.patches for transform in transforms}) > 1:
+        found = " and ".join(f"{name} makes {t.patches}" for name, t in zip(names.split(","), transforms))
+        raise UserError("--vision_backbone: joined backbones must make the same number of patches, "
+                        f"but {found}. Choose versions whose (picture size / patch size) agree")
+    return transforms
+
+
+AREA = 0.9                                                  # share of a picture that a crop keeps, as OpenVLA
+
+
+def crop(image, x, y):
+    """A crop of AREA, cut at (x, y), both in 0..1: (0, 0) is the top left corner, (0.5, 0.5) the center."""
+    width, height = (round(side * AREA ** 0.5) for side in image.size)
+    left, top = round((image.width - width) * x), round((image.height - height) * y)
+    return image.crop((left, top, left + width, top + height))
+
+
+def distort(image, rng):
+    """OpenVLA's augmentation: a random crop, then brightness, contrast, saturation and hue.
+
+    The policy has then never seen a whole picture:
+    at inference it must get the central crop, or it misses its aim.
+    """
+    image = crop(image, *rng.random(2))
+    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = kind(image).enhance(rng.uniform(0.8, 1.2))
+    hue, saturation, value = image.convert("HSV").split()
+    shift = round(255 * rng.uniform(-0.05, 0.05))
+    return Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")

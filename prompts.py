@@ -1,0 +1,257 @@
+"""A conversation -> what the language model reads (input_ids), and what it is to learn of it (labels).
+
+    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                         {"from": "gpt", "value": "A cat."}]}
+becomes
+    input_ids  <s> [P patches] In: What is it?\\nOut: A cat. </s>
+    labels     what the loss sees: " A cat.</s>", and IGNORE everywhere else
+
+A token whose label is not IGNORE is called supervised: the model is trained to say it. The questions are
+there to be read only.
+
+Each turn is tokenised once, and its labels travel with it. Others tokenise the whole conversation, and then
+search for the replies in the ids; where a tokenizer joins the border of two turns, the search fails, and
+nothing of the example is learned. Training and inference build their prompts by the same function,
+`to_pieces`.
+"""
+import re
+from typing import NamedTuple
+
+from transformers import AutoTokenizer
+
+from config import BadExample, UserError
+
+IGNORE = -100                               # a label that the loss skips
+IMAGE = -200                                # stands in input_ids where a patch will be; no vocabulary entry
+TAG = "<image>"
+
+
+class Prompt(NamedTuple):
+    """A conversation is first + question + before_reply + (reply) + end,
+    then user + question + before_reply + (reply) + end ...
+
+    {bos} and {eos} stand for the tokenizer's own tokens for the begin and the end of a text. A space at the
+    end of `before_reply` goes with the reply: " cat" is one token, and after a lone space the model would see
+    something it has hardly ever read.
+    """
+    first: str                              # system text and what stands before the first question
+    user: str                               # what stands before each later question
+    before_reply: str                       # what stands between question and reply
+    end: str                                # what ends the reply; learned, so the model learns to stop
+
+
+PROMPTS = {
+    "plain": Prompt("In: ", "In: ", "\nOut: ", "{eos}"),    # Prismatic's, for models without a chat format
+    "vicuna": Prompt("A chat between a curious user and an artificial intelligence assistant. The assistant "
+                     "gives helpful, detailed, and polite answers to the user's questions. USER: ",
+                     "USER: ", " ASSISTANT: ", "{eos}"),
+    "llama2": Prompt("[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.\n<</SYS>>\n\n",
+                     "{bos}[INST] ", " [/INST] ", " {eos}"),
+    "mistral": Prompt("[INST] ", "[INST] ", " [/INST] ", "{eos}"),
+    "phi": Prompt("Instruct: ", "Instruct: ", "\nOutput: ", "{eos}"),
+    "chatml": Prompt("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+                     "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+}
+
+
+def known_prompt(name, tokenizer):
+    """The prompt format that a language model was made for: by its chat template, then by its name."""
+    template, name = str(getattr(tokenizer, "chat_template", None) or ""), name.lower()
+    if "<|im_start|>" in template or {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_added_vocab().keys():
+        return "chatml"
+    if "<<SYS>>" in template:
+        return "llama2"
+    if "[INST]" in template or ("mistral" in name and "instruct" in name):
+        return "mistral"
+    return next((prompt for key, prompt in (("vicuna", "vicuna"), ("llava", "vicuna"),
+                                            ("phi-1", "phi"), ("phi-2", "phi")) if key in name), "plain")
+
+
+class Language:
+    """A tokenizer together with the prompt format: everything that turns text into ids.
+
+    captions: examples are read as stage align does, the picture and then the first reply, no question.
+    Raises UserError where the tokenizer lacks a token that the prompt needs.
+    """
+
+    def __init__(self, tokenizer, prompt, captions=False):
+        self.tokenizer, self.name, self.captions = tokenizer, prompt, captions
+        special = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
+        if tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no end-of-sequence token, so the model could never learn "
+                            "to stop. Set `eos_token` in its tokenizer_config.json")
+        self.prompt = Prompt(*(text.replace("{bos}", special["bos"]).replace("{eos}", special["eos"])
+                               for text in PROMPTS[prompt]))
+        # Whether a text begins with BOS is tried out: many tokenizers have one and do not use it.
+        first_id = tokenizer("a")["input_ids"][0]
+        self.bos = [tokenizer.bos_token_id] if first_id == tokenizer.bos_token_id else []
+        # Sentencepiece puts a space in front of each text by itself ("cat" is read as "▁cat"). With other
+        # tokenizers we write the space between prompt and reply.
+        self.adds_space = tokenizer.convert_ids_to_tokens(self.ids(["cat"])[0])[0].startswith("▁")
+        end = self.ids([self.prompt.end])[0]
+        self.end_id = end[-1]                               # generation ends when this id comes
+        if prompt == "chatml" and len(end) != 1:
+            raise UserError("--prompt chatml needs a tokenizer that has <|im_end|> as one token; "
+                            "this one has not. Try --prompt plain")
+
+    def ids(self, texts):
+        """Texts -> lists of ids, without BOS. One call for many texts: the tokenizer works on all cores."""
+        # Not building attention masks makes tokenizing 25 % faster.
+        no = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(texts, **no)["input_ids"] if texts else []
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def load_language(name, prompt="auto", captions=False):
+    """Folder or hub id of a language model -> Language."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if not tokenizer("a")["input_ids"]:         # transformers makes one up where the files are missing
+            raise ValueError("it knows no word; are its files missing?")
+    except Exception as e:                          # transformers raises many kinds here; each means the same
+        raise UserError(f"--llm_backbone {name}: no tokenizer can be loaded from it "
+                        f"({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
+    return Language(tokenizer, known_prompt(name, tokenizer) if prompt == "auto" else prompt, captions)
+
+
+class Piece(NamedTuple):
+    """A stretch of the prompt: a text, a picture (neither text nor ids), or ids that were never text."""
+    text: str = ""
+    learn: bool = False
+    ids: tuple = ()                                         # a robot's action
+
+    @property
+    def is_picture(self):
+        return not self.text and not self.ids
+
+
+def to_pieces(example, language, ask=False, reply=()):
+    """The texts and pictures of an example, in the order the language model reads them.
+    BOS is not among them.
+
+    ask:   stop where the model is to reply: the last reply, if there is one, is left out.
+    reply: ids that stand in place of the last reply's text.
+    Raises BadExample (without the place: the caller knows it).
+
+    One picture stands at the very start, wherever its tag was: Prismatic (arXiv 2402.07865) found it best,
+    and a frozen language model sees pictures at one place only. Several pictures stand at their tags.
+    """
+    images, turns = images_of(example), turns_of(example)
+    prompt, space = language.prompt, "" if language.adds_space else " "
+    gap = space if prompt.before_reply.endswith(" ") else ""
+    if language.captions:
+        if len(images) != 1:
+            raise BadExample(f"stage align needs exactly one picture per example, found {len(images)}")
+        replies = [Piece(turn["value"].strip() + language.tokenizer.eos_token, True)
+                   for turn in turns if turn["from"] == "gpt"]
+        return [Piece()] + ([] if ask else replies[:1])
+    if ask and turns[-1]["from"] == "gpt":
+        turns = turns[:-1]
+    if not ask and turns[-1]["from"] == "human":
+        raise BadExample("the last turn is from 'human', so its reply is missing. Add it, or drop the turn")
+    pieces = [Piece()] if len(images) == 1 else []
+    for i, turn in enumerate(turns):
+        value = turn["value"].strip()
+        if turn["from"] == "gpt" and reply and i == len(turns) - 1:
+            pieces.append(Piece(ids=(*reply, language.end_id), learn=True))
+        elif turn["from"] == "gpt":
+            pieces.append(Piece((gap + value if value else "") + prompt.end, True))
+        else:
+            opening = prompt.first if i == 0 else prompt.user
+            if len(images) == 1:
+                value = value.replace(TAG, "").strip()
+            first, *rest = (opening + value + prompt.before_reply.rstrip(" ")).split(TAG)
+            pieces.append(Piece(first))
+            for text in rest:
+                pieces += [Piece(), Piece(text)] if text else [Piece()]
+    return pieces
+
+
+def tokenize(example, language, patches, max_length, ask=False, reply=()):
+    """An example -> input_ids (T,), labels (T,), as lists. `patches`: positions of one picture."""
+    pieces = to_pieces(example, language, ask, reply)
+    ids = language.ids([piece.text for piece in pieces if piece.text])
+    return assemble(pieces, ids, language.bos, patches, max_length, ask)
+
+
+def images_of(example):
+    images = example.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise BadExample(f"'image' must be a file name or a list of them, found {str(images)[:60]!r}")
+    return images
+
+
+def turns_of(example):
+    """The checked conversation: human and gpt in turn,
+    and one <image> tag per picture, in human turns only."""
+    turns = example.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadExample('\'conversations\' must be a list of {"from": "human" | "gpt", "value": TEXT}, '
+                         f"found {str(turns)[:60]!r}")
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadExample(f"turn {i} must have a text under 'value', found {str(turn)[:60]!r}")
+        half = re.search("[\ud800-\udfff]", turn["value"])
+        if half:                                # JSON can write half of a pair; tokenizers and files can't
+            raise BadExample(f"turn {i} holds {half[0]!r}, half a character, perhaps of a cut emoji. "
+                             "Remove it")
+        expected = ("human", "gpt")[i % 2]
+        if turn.get("from") != expected:
+            raise BadExample(f"turn {i} must be from {expected!r}, found {turn.get('from')!r}: "
+                             "human and gpt take turns, human begins")
+        if expected == "gpt" and TAG in turn["value"]:
+            raise BadExample(f"turn {i} is a reply and contains {TAG}; pictures stand in human turns only")
+    tags, images = sum(turn["value"].count(TAG) for turn in turns), len(images_of(example))
+    if tags != images:
+        raise BadExample(f"{images} pictures under 'image', but {tags} {TAG} tags in the human turns. "
+                         "There must be one tag for each picture")
+    return turns
+
+
+def assemble(pieces, piece_ids, bos, patches, max_length, ask=False):
+    """Pieces and the ids of their texts -> input_ids (T,), labels (T,), as lists.
+    Labels travel with their piece.
+
+    ask: nothing is cut. A model that reads half a question would write its other half, not an answer.
+    """
+    input_ids, labels = list(bos), [IGNORE] * len(bos)
+    ids = iter(piece_ids)
+    for piece in pieces:
+        new = [IMAGE] * patches if piece.is_picture else list(piece.ids) or next(ids)
+        input_ids += new
+        labels += new if piece.learn else [IGNORE] * len(new)
+    if IMAGE in input_ids[max_length:]:
+        raise BadExample(f"it takes {len(input_ids)} positions, and cutting it to --max_length {max_length} "
+                         f"would cut a picture ({patches} positions each). "
+                         "Raise --max_length or drop the example")
+    if ask and len(input_ids) > max_length:
+        raise BadExample(f"the question takes {len(input_ids)} positions, --max_length is {max_length}. "
+                         "Shorten it")
+    if not ask:
+        check_supervised(labels[:max_length], len(input_ids), max_length)
+    return input_ids[:max_length], labels[:max_length]
+
+
+def check_supervised(labels, length, max_length):
+    # The model guesses each token from those before it (see VLM.forward), so the first one is never guessed.
+    if all(label == IGNORE for label in labels[1:]):
+        raise BadExample(f"no token to learn is left after cutting {length} positions to "
+                         f"--max_length {max_length}. Raise --max_length, or drop the example"
+                         if length > max_length else
+                         "there is no token to learn in it. Add a reply, or drop the example")
+
+
+def show(input_ids, labels, tokenizer):
+    """An example as text: its patches are counted, >> << stand around what the loss sees."""
+    text, i = "", 0
+    while i < len(input_ids):
+        learned, picture, j = labels[i] != IGNORE, input_ids[i] == IMAGE, i
+        while j < len(input_ids) and (labels[j] != IGNORE, input_ids[j] == IMAGE) == (learned, picture):
+            j += 1
+        words = f"[{j - i} patches]" if picture else tokenizer.decode(input_ids[i:j])
+        text += f">>{words}<<" if learned else words
+        i = j
+    return text

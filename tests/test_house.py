@@ -1,0 +1,96 @@
+"""The house: imports point one way, and no room outgrows its concept.
+
+It reads the source; nothing is imported. The rooms and their order are those of the README.
+"""
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# What `torchrun train.py --stage align` runs, in the order in which imports may point: to the left.
+STORY = ["config", "ranks", "sampler", "prompts", "images", "data", "model", "checkpoint", "train"]
+# Behind a flag or a command of its own. The story may ask for one inside a function, where the flag is read.
+LEAVES = ["actions", "generate", "evaluate", "check", "toy", "examples"]
+NAMED_BY_THE_LOOP = "profiling"                             # the one leaf that the story imports
+ROOMS = [*STORY[:-1], NAMED_BY_THE_LOOP, "train", *LEAVES]
+
+
+def files_of(room):
+    file = ROOT / f"{room}.py"
+    return [file] if file.exists() else sorted((ROOT / room).glob("*.py"))
+
+
+def rooms_in(nodes):
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found & set(ROOMS)
+
+
+def imports(source):
+    """-> rooms imported at the top of a file, rooms imported inside its functions."""
+    tree = ast.parse(source)
+    inside = [node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
+              for node in ast.walk(function)]
+    return rooms_in(node for node in ast.walk(tree) if node not in inside), rooms_in(inside)
+
+
+def wrong_imports(room, source):
+    top, inside = imports(source)
+    above = set(ROOMS[:ROOMS.index(room)]) | ({room} if room in ("toy", "examples") else set())
+    allowed_inside = above | set(LEAVES) if room == "train" else above
+    return (top - above) | (inside - allowed_inside)
+
+
+def test_every_python_file_at_the_top_is_a_room():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(ROOMS) - {"toy", "examples"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_to_rooms_above(room):
+    for file in files_of(room):
+        assert not wrong_imports(room, file.read_text()), file.name
+
+
+@pytest.mark.parametrize("room, line", [
+    ("data", "import actions"), ("data", "from model import VLM"), ("config", "from ranks import run"),
+    ("evaluate", "from toy import robot"), ("train", "import actions"),
+    ("data", "def f():\n    import actions")])
+def test_an_import_that_points_down_would_be_caught(room, line):
+    assert wrong_imports(room, line)
+    assert not wrong_imports("train", "def load_data():\n    import actions")
+
+
+@pytest.mark.parametrize("room", STORY)
+def test_the_story_imports_no_leaf(room):
+    top, inside = imports(files_of(room)[0].read_text())
+    assert not top & set(LEAVES)
+    assert not inside or room == "train"
+
+
+def test_the_story_can_be_read_in_an_evening():
+    lines = {room: len((ROOT / f"{room}.py").read_text().splitlines()) for room in STORY}
+    assert lines["train"] <= 400
+    assert sum(lines.values()) <= 2400, lines
+
+
+def test_lines_are_short_enough_to_read():
+    for room in ROOMS:
+        for file in files_of(room):
+            for i, line in enumerate(file.read_text().splitlines(), start=1):
+                assert len(line) <= 110, f"{file.name}, line {i}"
+
+
+def test_no_room_needs_a_package_beyond_the_six():
+    known = {"torch", "transformers", "safetensors", "numpy", "PIL", "tqdm"} | set(ROOMS)
+    for room in (room for room in ROOMS if room not in ("toy", "examples")):
+        tree = ast.parse((ROOT / f"{room}.py").read_text())
+        names = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+                 for name in node.names}
+        names |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert names - known <= set(sys.stdlib_module_names), room
