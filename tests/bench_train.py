@@ -138,12 +138,11 @@ def run_ours(args):
             return inner(*values, **named)
         setattr(train, name, stamped)
     cfg = our_config(args)
-    held = train.main(cfg)
+    train.main(cfg)
     steps = [json.loads(line) for line in (cfg.run_folder / "metrics.jsonl").read_text().splitlines()]
     real = [round(step["positions"] * (1 - step["padding"])) for step in steps]
     waits = [step["data_wait"] * n / step["tokens_per_second"] for step, n in zip(steps, real)]
     report(args, stamps[:len(steps) + 1], real, [step["positions"] for step in steps], waits)
-    return held                                             # see the end of train.py
 
 
 # -- the peer ------------------------------------------------------------------------------------------------
@@ -154,12 +153,13 @@ class TheirData:
     def __init__(self, args):
         from transformers import AutoImageProcessor
 
-        from data import Conversations, load_image_transforms, load_language
+        from data import Conversations
+        from images import Pictures, load_image_transforms
+        from prompts import load_language
         cfg = our_config(args)
-        language = load_language(cfg.llm_backbone, "plain")
-        self.ours = Conversations(cfg.train_json, cfg.image_dir, language,
-                                  load_image_transforms(cfg.vision_backbone, "resize-naive"), cfg.max_length,
-                                  caption_only=args.stage == "align")
+        language = load_language(cfg.llm_backbone, "plain", captions=args.stage == "align")
+        pictures = Pictures(cfg.image_dir, load_image_transforms(cfg.vision_backbone, "resize-naive"))
+        self.ours = Conversations(cfg.train_json, language, pictures, cfg.max_length)
         self.rows = json.loads(Path(cfg.train_json).read_text())
         self.images = Path(cfg.image_dir)
         self.processor = AutoImageProcessor.from_pretrained(cfg.vision_backbone)
@@ -171,7 +171,7 @@ class TheirData:
     def __getitem__(self, i):
         import torch
         from PIL import Image
-        from data import IMAGE
+        from prompts import IMAGE
         ids, labels = (torch.tensor(x) for x in self.ours.tokens(self.rows[i]))
         example = {"input_ids": ids.where(ids != IMAGE, self.tag), "labels": labels}
         if "image" in self.rows[i]:
@@ -319,6 +319,8 @@ def run_child(args, child, stage, size, folder):
     command = [sys.executable, __file__, "--child", child, "--stage", stage, "--size", size,
                "--folder", str(folder), "--epochs", str(args.epochs), "--precision", args.precision]
     done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
+    if "OutOfMemoryError" in done.stderr:
+        return ""
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -328,8 +330,13 @@ def compare(args, size, stage, folder):
     results = {column: [] for column in COLUMNS if column != "grouped" or stage == "finetune"}
     for _ in range(args.rounds):
         for column, mine in results.items():
-            line = run_child(args, column, stage, size, folder).splitlines()
-            mine.append(json.loads(next(text for text in line if text.startswith("RESULT "))[7:]))
+            lines = run_child(args, column, stage, size, folder).splitlines()
+            mine += [json.loads(text[7:]) for text in lines if text.startswith("RESULT ")]
+    for column in [column for column, runs in results.items() if len(runs) < args.rounds]:
+        print(f"{size:>5} {stage:<9}{column:<8}  out of memory", flush=True)
+        del results[column]
+    if "ours" not in results:
+        return
     middle = {column: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
               for column, runs in results.items()}
     for column, mine in middle.items():
@@ -364,6 +371,6 @@ if __name__ == "__main__":
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child == "ours":
-        held = run_ours(args)
-        os._exit(0)
+        run_ours(args)
+        os._exit(0)                                         # see ranks.py
     {"check": check, "trainer": run_theirs, "grouped": run_theirs, None: main}[args.child](args)
