@@ -13,9 +13,11 @@ import sys
 
 import numpy as np
 import torch
+from PIL import Image, ImageEnhance
 
 from config import BadExample, UserError
 from data import Conversations
+from images import crop
 from prompts import IGNORE
 
 BINS = 256
@@ -27,14 +29,15 @@ class ActionTokens:
 
     end:        exclusive upper end of the action ids.
     statistics: those of each dataset, see `compute_statistics`.
+    pictures:   how many a step has; None = not known (a checkpoint of an older version).
 
     As OpenVLA: id = end - bin, bins count from 1, a bin stands for its center. OpenVLA's end is the size of
     the base vocabulary; so is ours, unless control tokens lie among its last 256 ids (GPT-2's end of text
     does): then below them.
     """
 
-    def __init__(self, end, statistics):
-        self.end, self.statistics = end, statistics
+    def __init__(self, end, statistics, pictures=None):
+        self.end, self.statistics, self.pictures = end, statistics, pictures
         self.edges = np.linspace(-1, 1, BINS)
         self.centers = (self.edges[:-1] + self.edges[1:]) / 2                               # (255,)
 
@@ -60,12 +63,30 @@ class ActionTokens:
         return name
 
     def learn_units(self, data, keep=()):
-        """Computes the statistics of a dataset of episodes."""
-        episodes = sum(1 for _ in data.objects())
-        self.statistics[data.name] = compute_statistics(data.actions(), episodes, keep)
+        """Computes the statistics of a dataset of episodes.
+        Raises UserError where it can't be learned from."""
+        episodes, actions = sum(1 for _ in data.objects()), data.actions()
+        for d in keep:
+            if d >= actions.shape[1]:
+                raise UserError(f"--keep_dimensions {d}: the actions of {data.path} have {actions.shape[1]} "
+                                f"dimensions, counted from 0")
+            if np.abs(actions[:, d]).max() > 1:
+                raise UserError(f"--keep_dimensions {d}: its values in {data.path} go from "
+                                f"{actions[:, d].min():g} to {actions[:, d].max():g}; "
+                                "only what lies in -1 to 1 can stay as it is")
+        self.statistics[data.name] = compute_statistics(actions, episodes, keep)
+        self.check_pictures(data.pictures_of_a_step())
+        self.pictures, = data.pictures_of_a_step()
         if len({len(of["action"]["q01"]) for of in self.statistics.values()}) > 1:
             raise UserError(f"{data.path}: its actions have another number of dimensions "
                             "than those of the other files")
+
+    def check_pictures(self, found):
+        """A policy has learned from steps of so many pictures.
+        It would act with fewer or more, too, but at random."""
+        if found != {self.pictures or max(found)} or 0 in found:
+            raise UserError(f"a step has {' or '.join(map(str, sorted(found)))} pictures, "
+                            f"but must always have {self.pictures or 'the same number'}")
 
     def encode(self, actions, key):
         """(..., A) in physical units -> (..., A) ids."""
@@ -82,11 +103,11 @@ class ActionTokens:
 
     def saved(self):
         """What a checkpoint keeps. `statistics` is OpenVLA's dataset_statistics.json."""
-        return {"end": self.end, "bins": BINS, "statistics": self.statistics}
+        return {"end": self.end, "bins": BINS, "statistics": self.statistics, "pictures": self.pictures}
 
     @classmethod
     def load(cls, saved):
-        return cls(saved["end"], saved["statistics"])
+        return cls(saved["end"], saved["statistics"], saved.get("pictures"))
 
     @torch.no_grad()
     def fresh_rows(self, llm, seed):
@@ -159,6 +180,11 @@ def compute_statistics(actions, episodes, keep=()):
             "num_transitions": len(actions), "num_trajectories": episodes}
 
 
+def is_number(value):
+    """An action's number. True counts as 1 in Python, and 1e308 overflows in the first sum."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
 class Episodes(Conversations):
     """A file of episodes. Each step is an example: a picture, the instruction, an action in place of a reply.
 
@@ -202,6 +228,11 @@ class Episodes(Conversations):
     def reply(self, row):
         return self.policy.encode(row["action"], self.name).tolist()
 
+    def pictures_of_a_step(self):
+        """The set of how many pictures the steps have. One number, in a file that can be learned from."""
+        return {1 if isinstance(step["image"], str) else len(step["image"])
+                for episode in self.objects() for step in episode["steps"]}
+
     def first_steps(self):
         """(n,) bool: which examples are the first step of their episode."""
         return self.places[:, 2] == 0
@@ -212,11 +243,24 @@ class Episodes(Conversations):
         for episode in self.objects():
             for i, step in enumerate(episode["steps"]):
                 action = step.get("action")
-                if (not isinstance(action, list) or not action
-                        or len(action) != len(actions[0] if actions else action)
-                        or not np.isfinite(np.array(action, float)).all()):
+                if (not isinstance(action, list) or not action or not all(map(is_number, action))
+                        or len(action) != len(actions[0] if actions else action)):
                     raise UserError(f"{self.path}, episode id={episode.get('id')!r}, step {i}: 'action' must "
                                     f"be {len(actions[0]) if actions else 'a list of'} finite numbers, "
                                     f"found {str(action)[:60]}")
                 actions.append(action)
         return np.array(actions, np.float64)
+
+
+def distort(image, rng):
+    """OpenVLA's augmentation: a random crop, then brightness, contrast, saturation and hue.
+
+    The policy has then never seen a whole picture:
+    at inference it must get the central crop, or it misses its aim.
+    """
+    image = crop(image, *rng.random(2))
+    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = kind(image).enhance(rng.uniform(0.8, 1.2))
+    hue, saturation, value = image.convert("HSV").split()
+    shift = round(255 * rng.uniform(-0.05, 0.05))
+    return Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")

@@ -45,6 +45,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
+import ranks
 from data import Conversations
 from images import Pictures, load_image_transforms
 from prompts import IGNORE, load_language, show
@@ -99,7 +100,4 @@ def check(cfg):
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(1 if check(cfg) else 0)
-    except UserError as e:
-        raise SystemExit(f"error: {e}")
+    ranks.run(lambda: 1 if check(cfg) else 0)

@@ -6,13 +6,19 @@ Weights and optimizer are safetensors, the rest is JSON; never pickle.
                   metrics.jsonl          one line per optimizer step
                   step-00000500/model.safetensors       parts trained so far: projector.*, llm.*, vision.*
                                 optimizer.safetensors   AdamW's state and every rank's random state
-                                state.json              step, parts, and what else a run needs to go on
+                                state.json              step, parts, what else a run needs to go on; of
+                                                        the files above: checksum, names and shapes
+
+What can't be read now is not damaged: a network share may stutter. Then the start stops with a sentence. What
+is damaged is set aside under another name. Deleted is only what this program wrote itself. Who may write into
+a run folder, and what --overwrite does, stands in owner.py.
 """
+import hashlib
 import json
 import os
-import shutil
+import re
+import socket
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,111 +27,104 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import config
+import ranks
 from config import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
-# A run may continue with other values of these: they do not change what is computed, up to float rounding.
-FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite",
-                  "gradient_checkpointing", "run_root", "run_id", "prepare", "val_json", "keep_epochs",
-                  "skip_bad_examples", "profile", "compile")
-
-
-# -- a run folder --------------------------------------------------------------------------------------------
-
-def open_run(cfg, run, restarted):
-    """Makes the run folder with its config.json, or finds the run that is to be continued.
-    `restarted`: by torchrun, so --overwrite has been obeyed already."""
-    if cfg.ckpt and Path(cfg.ckpt).resolve() in (run.resolve(), *run.resolve().glob("step-*")):
-        raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt "
-                        "as it was at the start; to start from it, name the new run with --run_id")
-    if cfg.overwrite and not restarted and (run / "config.json").exists():
-        old = run.with_name(f"{run.name}.overwritten")
-        shutil.rmtree(old, ignore_errors=True)
-        run.rename(old)                 # if this is killed, half of the old run must not pass for the new one
-        shutil.rmtree(old)
-    if (run / "config.json").exists():
-        return check_same_run(cfg, config.read_config(run), run)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.json", json.dumps(asdict(cfg), indent=2))
-    except OSError as e:
-        raise UserError(f"the run folder {run} can't be written ({e.strerror}). "
-                        "Choose another --run_root") from e
-
-
-def check_same_run(cfg, before, run):
-    old, new = asdict(before), asdict(cfg)
-    changed = [f"--{name} was {old[name]!r}, is {new[name]!r}" for name in new
-               if old[name] != new[name] and name not in FREE_TO_CHANGE]
-    if changed:
-        raise UserError(f"{run} holds a run with other flags: {'; '.join(changed)}. Give the same flags to "
-                        "continue it, --run_id for a new run, or --overwrite to start over")
-
-
-def parts_of(cfg):
-    """The parts of the model that --ckpt holds. Its other parts are those of the backbones' folders."""
-    if not cfg.ckpt:
-        return []
-    before = config.read_config(cfg.ckpt)
-    for name in ("vision_backbone", "llm_backbone", "projector", "image_resize"):
-        if getattr(cfg, name) != getattr(before, name):
-            raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
-                            f"{getattr(before, name)}. Leave the flag out")
-    return read_state(find(cfg.ckpt))["parts"]
-
-
-def resume(run, model, optimizer):
-    """Restores the newest checkpoint of the run, if there is one -> the number of steps done."""
-    folder, damaged = newest(run)
-    rank, step = dist.get_rank(), 0
-    for sentence in damaged if rank == 0 else ():
-        print(sentence, file=sys.stderr)
-    if folder:
-        step = read_state(folder)["step"]
-        load_weights(model, folder)
-        set_random_state(load_optimizer(model, optimizer, folder).get(str(rank)))
-    file = Path(run) / "metrics.jsonl"
-    if rank == 0 and file.exists():                         # drop the lines of steps that were lost
-        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
-    return step
-
-
-# -- a step folder: find and write ---------------------------------------------------------------------------
+# -- a step folder: find -------------------------------------------------------------------------------------
 
 def step_folders(run):
     """All step folders of a run, oldest first.
     A folder gets this name only after all its files are on disk."""
-    folders = [path for path in Path(run).glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    folders = [path for path in Path(run).glob("step-*")
+               if re.fullmatch("step-[0-9]{8,}", path.name) and path.is_dir()]
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
-def damage(step_folder):
-    """What is wrong with a step folder, "" if it is whole.
-    The head of a safetensors file says how long it must be."""
-    for name in FILES:
-        try:
-            if name.endswith(".json"):
-                json.loads((Path(step_folder) / name).read_text())
-            else:
-                with safe_open(Path(step_folder) / name, "pt"):
-                    pass
-        except (OSError, SafetensorError, json.JSONDecodeError) as e:
-            return f"{name}: {e}"
+def damage(step_folder, thorough=True):
+    """What is wrong with a step folder, "" if it is whole. thorough: with checksums, so all of it is read.
+
+    Raises UserError where it can't be read now.
+    """
+    folder = Path(step_folder)
+    try:
+        for name in FILES:
+            if not (folder / name).is_file():
+                return f"{name}: it is missing, or no file"
+        state = json.loads((folder / name).read_text())     # the last of FILES
+        if state["step"] != int(folder.name[5:]) or not set(state["parts"]) <= {"vision", "projector", "llm"}:
+            return f"{name}: it tells of step {state['step']}, so it belongs to another folder"
+        for name in FILES[:2]:
+            with open(folder / name, "rb") as file:         # a read error here is not taken for damage
+                told = state.get("files", {}).get(name)     # a folder of an older version does not tell
+                if told and thorough and hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
+                    return f"{name}: its bytes are not those that were written"
+            found = tensors_in(folder / name)
+            if told and found != told["tensors"]:
+                return f"{name}: it holds other tensors than were written"
+    except OSError as e:
+        raise UserError(f"{folder} can't be read now ({e}). Nothing was changed; try again") from e
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        return f"{name}: {type(e).__name__}: {e}"
     return ""
 
 
-def newest(run):
-    """-> the newest whole step folder of a run or None,
-    and a sentence about each damaged one that is newer."""
-    damaged = []
-    for folder in reversed(step_folders(run)):
-        if not damage(folder):
-            return folder, damaged
-        damaged.append(f"{folder} is damaged and left aside ({damage(folder)})")
-    return None, damaged
+def tensors_in(file):
+    """{name: shape} of a safetensors file. Its head is read, which also says how long the file must be."""
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}
 
+
+def newest(run, aside=False):
+    """-> the newest whole step folder of a run, None if there is no step folder at all.
+
+    Damaged ones that are newer are named; `aside`: and set aside. Raises UserError if none is whole: whether
+    to start over is for the user to say.
+    """
+    damaged, folders = [], step_folders(run)
+    for folder in reversed(folders):
+        problem = damage(folder)
+        if not problem:
+            for bad, why in damaged:
+                where = f", and is now {set_aside(bad)}" if aside else ""
+                print(f"{bad} is damaged and left aside ({config.printable(why)}){where}", file=sys.stderr)
+            return folder
+        damaged.append((folder, problem))
+    if folders:
+        raise UserError(f"{run}: there is no whole step-* folder in it: "
+                        f"{'; '.join(f'{folder.name} is damaged ({why})' for folder, why in damaged)}. "
+                        "--overwrite starts the run over")
+    return None
+
+
+def find(ckpt):
+    """A step folder, or the newest whole one of a run folder."""
+    folder = Path(ckpt)
+    if folder.name.startswith("step-"):
+        problem = damage(folder)
+        if problem:
+            raise UserError(f"--ckpt {ckpt} is damaged ({problem}). Give another step folder of this run")
+        return folder
+    found = newest(folder)
+    if found is None:
+        raise UserError(f"--ckpt {ckpt}: there is no step-* folder in it. "
+                        "Give a run folder with a checkpoint, or a step folder")
+    return found
+
+
+def together(choose):
+    """Rank zero chooses a step folder and tells the others. If each rank looked for itself, ranks that see
+    the disk differently (folders of each machine, a cached list of names) would go on from different steps.
+    """
+    folder = ranks.tell(choose() if dist.get_rank() == 0 else None)
+    if folder and not all((folder / name).is_file() for name in FILES):
+        raise UserError(f"rank {dist.get_rank()} on {socket.gethostname()} does not see {folder}, which rank "
+                        "zero has chosen. All machines need the same files: put --run_root on a shared disk")
+    return folder
+
+
+# -- a step folder: write ------------------------------------------------------------------------------------
 
 def save(run, step, model_tensors, optimizer_tensors, state, keep):
     """Writes one step folder, whole or not at all, then removes all but the `keep` newest.
@@ -134,33 +133,72 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
     disk refuses; what was there stays.
     """
     run = Path(run)
+    if (run / "metrics.jsonl").exists():
+        flush(run / "metrics.jsonl")                        # a power cut must not take its lines
     final, unfinished = run / f"step-{step:08d}", run / f"unfinished-{step:08d}"
     for left_over in run.glob("unfinished-*"):              # by a run that was killed while it saved
-        shutil.rmtree(left_over)
+        delete_step(left_over)
     try:
         unfinished.mkdir(parents=True)
-        save_file(model_tensors, unfinished / FILES[0])
-        save_file(optimizer_tensors, unfinished / FILES[1])
-        write_text(unfinished / FILES[2], json.dumps({"step": step, **state}, indent=2))
-        for name in FILES:
+        files = {}
+        for name, tensors in zip(FILES, (model_tensors, optimizer_tensors)):
+            save_file(tensors, unfinished / name)
             flush(unfinished / name)
+            with open(unfinished / name, "rb") as file:
+                files[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                               "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()}}
+        write_text(unfinished / FILES[2], json.dumps({"step": step, **state, "files": files}, indent=1))
         flush(unfinished)
+        if os.path.lexists(final):                          # not ours: a step is saved once
+            set_aside(final)
+        unfinished.rename(final)                            # the folder appears whole or not at all
+        flush(run)
     except (OSError, SafetensorError) as e:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"the checkpoint of step {step} can't be written to {run} ({e}). "
-                        "Older ones are intact. Free some space or lower --keep, "
-                        "then give the same command again") from e
-    if final.exists():
-        shutil.rmtree(final)
-    unfinished.rename(final)                                # the folder appears whole or not at all
-    flush(run)
-    # A damaged one counts for nothing: with it among the `keep` newest, the last whole one could go.
-    whole = [folder for folder in step_folders(run) if not damage(folder)]
-    for old in [folder for folder in whole if not read_state(folder).get("forever")][:-keep]:
-        # Not under its own name: if this run were killed now, the folder would pass for a damaged one.
-        old.rename(unfinished)
-        shutil.rmtree(unfinished)
+        delete_step(unfinished)
+        raise UserError(f"the checkpoint of step {step} can't be written to {run} ({e}). Older ones are "
+                        "intact. Free some space, lower --keep, or mend what is named; "
+                        "the same command continues") from e
+    keep_newest(run, keep)
     return final
+
+
+def keep_newest(run, keep):
+    """Removes all whole step folders but the newest. A damaged one counts for nothing: with it among the
+    `keep` newest, the last whole one could go. What can't be read, and what is a link, stays."""
+    whole = []
+    for folder in step_folders(run):
+        try:
+            if not folder.is_symlink() and not damage(folder, thorough=False):
+                whole += [folder] if not read_state(folder).get("forever") else []
+        except UserError as e:
+            print(e, file=sys.stderr)
+    for old in whole[:-keep]:
+        # Not under its own name: if this run were killed now, the folder would pass for a damaged one.
+        unfinished = old.rename(unused_name(old.with_name(f"unfinished-{old.name[5:]}")))
+        delete_step(unfinished)
+
+
+def delete_step(folder):
+    """Deletes the files of a checkpoint, and the folder if nothing else is in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for name in (*FILES, "state.unfinished"):
+        (folder / name).unlink(missing_ok=True)
+    if any(folder.iterdir()):
+        print(f"{folder} is kept: it holds more than a checkpoint", file=sys.stderr)
+    else:
+        folder.rmdir()
+
+
+def unused_name(path):
+    """The path, or the first of path-2, path-3 ... that does not exist."""
+    names = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in range(1, 10 ** 6))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def set_aside(path):
+    """Renames what is in the way or can't be used; a person may want to look at it -> its new path."""
+    return path.rename(unused_name(path.with_name(f"set-aside-{path.name}")))
 
 
 def write_text(path, text):
@@ -181,27 +219,46 @@ def flush(path):
         os.close(descriptor)
 
 
-def find(ckpt):
-    """A step folder, or the newest whole one of a run folder."""
-    folder = Path(ckpt)
-    if folder.name.startswith("step-"):
-        if damage(folder):
-            raise UserError(f"--ckpt {ckpt} is damaged ({damage(folder)}). "
-                            "Give another step folder of this run")
-        return folder
-    found, damaged = newest(folder)
-    if found is None:
-        raise UserError(f"--ckpt {ckpt}: there is no whole step-* folder in it"
-                        f"{''.join('; ' + text for text in damaged)}. "
-                        "Give a run folder with a checkpoint, or a step folder")
-    return found
+# -- load and resume -----------------------------------------------------------------------------------------
+
+def resume(run, model, optimizer):
+    """Restores the newest checkpoint of the run, if there is one -> the number of steps done."""
+    rank, step = dist.get_rank(), 0
+    folder = together(lambda: newest(run, aside=True))
+    if folder:
+        step = read_state(folder)["step"]
+        load_weights(model, folder)
+        set_random_state(load_optimizer(model, optimizer, folder).get(str(rank)))
+    if rank == 0:
+        drop_lost_lines(Path(run) / "metrics.jsonl", step)
+    return step
+
+
+def drop_lost_lines(file, step):
+    """Of metrics.jsonl: the lines of steps that will be done again, and what is no line of ours."""
+    def kept(line):
+        try:
+            return 0 < json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+    if file.exists():
+        lines = file.read_text(errors="replace").splitlines(keepends=True)
+        write_text(file, "".join(line for line in lines if line.endswith("\n") and kept(line)))
 
 
 def read_state(step_folder):
     return json.loads((Path(step_folder) / "state.json").read_text())
 
 
-# -- a step folder: what is in it ----------------------------------------------------------------------------
+def parts_of(cfg, step_folder):
+    """The parts of the model that --ckpt holds. Its other parts are those of the backbones' folders."""
+    before = config.read_config(cfg.ckpt)
+    for name in ("vision_backbone", "llm_backbone", "projector", "image_resize"):
+        if getattr(cfg, name) != getattr(before, name):
+            raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
+                            f"{getattr(before, name)}. Leave the flag out")
+    return read_state(step_folder)["parts"]
+
 
 def tensors_of(module, parts):
     """State dict of the given parts.
@@ -230,7 +287,9 @@ def load_weights(model, step_folder):
              + [f"{name} is {tuple(saved[name].shape)}, the model has {tuple(wanted[name].shape)}"
                 for name in wanted if name in saved and saved[name].shape != wanted[name].shape]
              + [f"{name} is of type {tensor.dtype}" for name, tensor in saved.items()
-                if not tensor.is_floating_point()])
+                if not tensor.is_floating_point()]
+             + [f"{name} holds values that are not finite" for name, tensor in saved.items()
+                if tensor.is_floating_point() and not tensor.isfinite().all()])
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"{file} is the checkpoint of another model: {shown}. "
@@ -249,20 +308,23 @@ def optimizer_tensors(model, optimizer):
 
 def load_optimizer(model, optimizer, step_folder):
     """Fills the optimizer as it was. Returns {"0": random state of rank 0, ...}, see gather_random_states."""
-    parameters = dict(model.named_parameters())
-    random_states = {}
-    with safe_open(Path(step_folder) / "optimizer.safetensors", "pt") as file:
-        for full_name in file.keys():
-            key, name = full_name.split(".", 1)
-            tensor = file.get_tensor(full_name)
-            if key == "random":
-                random_states[name] = tensor
-            elif name not in parameters or tensor.shape not in ((), parameters[name].shape):
-                raise UserError(f"{step_folder}/optimizer.safetensors is of another model: its {full_name} "
-                                f"{tuple(tensor.shape)} has no such parameter to go with. Remove "
-                                f"{step_folder}; the same command then continues from the checkpoint before")
-            else:
-                optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {"exp_avg": lambda p: p.shape, "exp_avg_sq": lambda p: p.shape, "step": lambda p: ()}
+    saved = load_file(Path(step_folder) / FILES[1])
+    random_states = {name[7:]: saved.pop(name) for name in list(saved) if name.startswith("random.")}
+    # A part may have no state yet: the projector, if all steps were text only.
+    seen = {name.split(".", 1)[1] for name in saved}
+    wanted = {f"{key}.{name}": shape(trained[name]) for name in seen & trained.keys()
+              for key, shape in shapes.items()}
+    wrong = [name for name in saved.keys() | wanted.keys()
+             if name not in saved or name not in wanted or saved[name].shape != torch.Size(wanted[name])]
+    if wrong or not seen:
+        raise UserError(f"{step_folder}/{FILES[1]} does not belong to this model: look at "
+                        f"{', '.join(sorted(wrong)[:3]) or 'its tensors, there are none'}. "
+                        f"Move {step_folder} away; the same command then continues from the one before")
+    for name, tensor in saved.items():
+        key, name = name.split(".", 1)
+        optimizer.state[trained[name]][key] = tensor.to(trained[name].device)
     return random_states
 
 

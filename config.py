@@ -7,6 +7,9 @@ model), the command line. No torch here, so `--help` is instant.
 import argparse
 import json
 import os
+import re
+import sys
+import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -24,9 +27,47 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 class UserError(ValueError):
     """Something the user can mend. Shown as one sentence, without a traceback."""
 
+    def __str__(self):
+        return printable(super().__str__())
+
 
 class BadExample(UserError):
     """An example that can't be trained on: which file, which example, what is wrong, what to do."""
+
+
+def printable(text, most=1500):
+    """Text that may go to a terminal, on one line. Names and texts from data files can hold anything: control
+    characters would move the cursor or forge a line, and a million of others would hide the sentence."""
+    if len(text) > most:
+        text = f"{text[:most - 300]} ... {text[-300:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def last_words(text):
+    """Shows why the process ends: on the screen, and in the file whose text torchrun prints as its last."""
+    print(f"\n{text}", file=sys.stderr, flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+
+
+def check_writable(path):
+    """A file that will be written after long work is tried out before it. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
+        path.with_name(f".{path.name}.tried").touch()
+        path.with_name(f".{path.name}.tried").unlink()
+    except OSError as e:
+        raise UserError(f"{path} can't be written ({e}). Choose another name with --out") from e
+
+
+def check_folder(name):
+    """Of a model folder: only files and folders. Opening a named pipe would wait for ever."""
+    for path in Path(name).iterdir() if Path(name).is_dir() else ():
+        if not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is neither a file nor a folder")
 
 
 def knob(default, meaning, unit=""):
@@ -131,17 +172,10 @@ class Config:
         for name in ("train_json", "image_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing: preset {self.preset!r} brings no data of its own")
-        for name in ("global_batch_size", "per_device_batch_size", "epochs", "save_every", "keep",
-                     "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("max_steps", "num_workers", "length_window", "learning_rate", "weight_decay",
-                     "warmup_ratio", "seed", "profile"):
-            if not getattr(self, name) >= 0:                # this way round, nan is refused too
-                raise UserError(f"--{name} is {getattr(self, name)}, but must not be negative")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"--max_grad_norm is {self.max_grad_norm}, but must be positive "
-                            "(1e9 = no clipping)")
+        check_limits(self, LIMITS)
+        if self.run_id and not re.fullmatch(r"(?!step-|unfinished-|set-aside-)\w[\w.+-]{0,99}", self.run_id):
+            raise UserError(f"--run_id {self.run_id}: give a name for a folder, of letters, digits and "
+                            "_ . + -; not step-..., as the folders inside of a run are called")
 
     @property
     def trained(self):
@@ -154,6 +188,20 @@ class Config:
     @property
     def run_folder(self):
         return Path(self.run_root) / (self.run_id or f"{self.preset}-{self.stage}-x{self.seed}")
+
+
+# knob -> its smallest and its largest value. The largest are far beyond use: they catch slips of the hand.
+LIMITS = {"global_batch_size": (1, 10 ** 6), "per_device_batch_size": (1, 10 ** 6), "epochs": (1, 10 ** 6),
+          "save_every": (1, 10 ** 9), "keep": (1, 10 ** 6), "max_length": (1, 10 ** 7),
+          "max_steps": (0, 10 ** 9), "num_workers": (0, 1000), "length_window": (0, 10 ** 6),
+          "seed": (0, 2 ** 32 - 1), "profile": (0, 1000), "learning_rate": (0, 1e30),
+          "weight_decay": (0, 1e3), "warmup_ratio": (0, 1), "max_grad_norm": (1e-30, 1e30)}
+
+
+def check_limits(cfg, limits):
+    for name, (least, most) in limits.items():
+        if not least <= getattr(cfg, name) <= most:         # this way round, nan is refused, too
+            raise UserError(f"--{name} is {getattr(cfg, name)}, but must lie between {least} and {most}")
 
 
 # What belongs to the model, not to a run: a run that starts from --ckpt takes these over.
@@ -226,17 +274,26 @@ def read_config(ckpt):
     try:
         saved = json.loads(file.read_text())
         saved = {f.name: saved[f.name] for f in fields(Config) if f.name in saved or f.name in MODEL_FIELDS}
-    except (OSError, ValueError, TypeError, KeyError) as e:
+        return Config(**saved)
+    except UserError as e:
+        raise UserError(f"{file} holds what no run can have: {e}") from e
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file} can't be read ({type(e).__name__}: {e}). "
                         "Give a folder that train.py wrote") from e
-    return Config(**saved)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """A wrong flag: one sentence. All ranks have it; rank zero ends first, so it is shown once."""
+        time.sleep(min(int(os.environ.get("RANK", 0)), 1) * 2)
+        last_words(f"{self.prog}: error: {printable(message)} (--help lists all flags)")
+        raise SystemExit(2)
 
 
 def make_parser(cls, description=None, positional=None):
-    """An argparse parser, one flag for each field. `positional`: a field that is given without its name."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=description,
-                                     # an error must not drown in 40 flags
-                                     usage=f"%(prog)s {'FILE ' * bool(positional)}[flags]; --help lists them")
+    """One flag for each field. `positional`: a field that is given without its name."""
+    parser = Parser(allow_abbrev=False, description=description,
+                    usage=f"%(prog)s {'FILE ' * bool(positional)}[flags]")
     kinds = get_type_hints(cls)
     for f in fields(cls):
         kind, shown = kinds[f.name], "" if f.default == "" else " (default: %(default)s)"
@@ -269,7 +326,7 @@ def parse(cls, argv=None, description=None, positional=None):
 
 def config_defaults(argv):
     """--stage, --preset and --ckpt are read first: they decide the defaults of the others, in --help too."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = Parser(add_help=False, allow_abbrev=False)
     peek.add_argument("--stage", default="align")
     peek.add_argument("--preset")
     peek.add_argument("--ckpt", default="")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from config import BadExample, UserError
 from prompts import IGNORE, assemble, images_of, to_pieces, tokenize
 
-LENGTHS = 2                                                 # raise it when examples become other ids
+LENGTHS = 3                                                 # raise it when examples become other ids
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -31,8 +32,6 @@ def find_examples(path, count):
     def wrong(at, what):
         return UserError(f"{path}, line {text.count(chr(10), 0, at) + 1}: {what}. "
                          "Expected a JSON list of examples, or one example per line")
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist. It should be a LLaVA JSON or JSON-lines file")
     # One character for each byte: JSON's own signs are ASCII, so what is found is also the place in the file.
     raw = Path(path).read_bytes()
     text = raw.decode("latin-1")
@@ -88,13 +87,14 @@ class Conversations(torch.utils.data.Dataset):
     def __init__(self, path, language, pictures, max_length, skip_bad=False):
         self.path, self.language, self.pictures = Path(path), language, pictures
         self.max_length, self.skip_bad = max_length, skip_bad
+        if not self.path.is_file():                         # opening a named pipe would wait for ever
+            raise UserError(f"{path} does not exist, or is no file. It should be a LLaVA JSON or "
+                            "JSON-lines file")
+        self.state = self.path.stat().st_size, self.path.stat().st_mtime_ns
         # What it is called where several files are told apart: most training files are named train.json.
         self.name = self.path.parent.name if self.path.stem == "train" else self.path.stem
         self.cache = self._read_cache()         # (n, 5) see find_examples, then length (0 = bad), has picture
         self.places = find_examples(path, self.examples_in) if self.cache is None else self.cache[:, :3]
-        # The file is mapped, so all workers and ranks share it. A list of dicts would be copied into every
-        # worker page by page, because Python writes a reference count into each object it looks at.
-        self.bytes = np.memmap(path, np.uint8, "r")
 
     @staticmethod
     def examples_in(row):
@@ -111,25 +111,35 @@ class Conversations(torch.utils.data.Dataset):
         """Ids that stand in place of the last reply's text: none here."""
         return ()
 
-    def __getstate__(self):
-        """For a worker that is started afresh, not forked: it maps the file itself, and gets no copy."""
-        return self.__dict__ | {"bytes": None}
-
-    def __setstate__(self, state):
-        self.__dict__ = state | {"bytes": np.memmap(state["path"], np.uint8, "r")}
-
     def __len__(self):
         return len(self.places)
 
     def stored(self, i):
         """-> the JSON object that example i lies in, and which of the object's examples it is."""
-        start, end, k = self.places[i]
-        return json.loads(self.bytes[start:end].tobytes()), int(k)
+        start, end, k = self.places[i].tolist()
+        return self._parse(start, end), k
 
     def objects(self):
         """Each JSON object of the file once, in order."""
-        for start, end in np.unique(self.places[:, :2], axis=0):
-            yield json.loads(self.bytes[start:end].tobytes())
+        for start, end in np.unique(self.places[:, :2], axis=0).tolist():
+            yield self._parse(start, end)
+
+    def _parse(self, start, end):
+        """Reads one object from the file.
+
+        A list of all objects, kept in memory, would be copied into every worker page by page, because Python
+        writes a reference count into each object it looks at. And a mapped file would kill the process with
+        SIGBUS, without a word, if somebody cut it.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                text, now = file.read(end - start), os.fstat(file.fileno())
+        except OSError as e:
+            raise BadExample(f"{self.path} can't be read now ({e}). The same command continues") from e
+        if (now.st_size, now.st_mtime_ns) != self.state:
+            raise BadExample(f"{self.path} was changed since the start. The same command reads it anew")
+        return json.loads(text)
 
     def named(self, i, error):
         """The error with its place."""
@@ -161,7 +171,10 @@ class Conversations(torch.utils.data.Dataset):
         return example
 
     def _read(self, i, ask=False):
-        row = self.row(i)
+        try:
+            row = self.row(i)
+        except BadExample as e:                             # of the whole file
+            return e
         try:
             input_ids, labels = self.tokens(row, ask)
             images = self.pictures.tensors(images_of(row), i)
@@ -212,7 +225,7 @@ class Conversations(torch.utils.data.Dataset):
                     pieces.append(to_pieces(row, self.language, reply=self.reply(row)))
                 except BadExample as e:
                     pieces.append(self._bad(i, e))
-            ids = iter(self.language.ids([piece.text for row in pieces for piece in row if piece.text]))
+            ids = iter(self.language.piece_ids([piece for row in pieces for piece in row]))
             for i, row in zip(indices, pieces):
                 texts = [next(ids) for piece in row if piece.text]
                 try:
@@ -239,20 +252,25 @@ class Conversations(torch.utils.data.Dataset):
         rules = (tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast
                  else repr(sorted(tokenizer.get_vocab().items())))
         h.update(repr((rules, self.language.prompt, self.language.bos, self.language.captions,
-                       self.pictures.patches, self.max_length, tokenizer.eos_token,
+                       self.pictures.patches, self.max_length, tokenizer.eos_token, self.language.rows,
                        type(self).__name__, LENGTHS)).encode())
         return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
 
     def _read_cache(self):
+        file = self._cache_file()
         try:
-            return np.load(self._cache_file(), mmap_mode="r", allow_pickle=False)       # shared by all
-        except (OSError, ValueError, EOFError):             # not there, or cut off: then it is made again
-            return None
+            # Mapped, so all ranks and workers share its memory. The last row is a checksum of the others.
+            rows = np.load(file, mmap_mode="r", allow_pickle=False) if file.is_file() else None
+            if rows.shape[1:] == (5,) and rows.dtype == np.int64 and zlib.crc32(rows[:-1]) == rows[-1, 4]:
+                return rows[:-1]
+        except Exception:                       # numpy raises many kinds where a file is not what it should be
+            pass
+        return None                             # it is not there, or not whole: it is made again
 
     def _write_cache(self):
         try:
             unfinished = self._cache_file().with_suffix(f".unfinished{os.getpid()}.npy")
-            np.save(unfinished, self.cache)
+            np.save(unfinished, np.vstack([self.cache, [[0, 0, 0, 0, zlib.crc32(self.cache)]]]))
             unfinished.replace(self._cache_file())
         except OSError as e:                                # a folder one may not write into
             print(f"the token counts can't be kept beside {self.path} ({e.strerror}); "

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import BadExample, UserError, knob, parse
+from config import BadExample, UserError, check_limits, check_writable, knob, parse, printable
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class EvaluateConfig:
             raise UserError("--ckpt RUN is missing")
         if not self.json:
             raise UserError("--json FILE is missing")
+        check_limits(self, {"batch_size": (1, 10 ** 5), "max_new_tokens": (1, 10 ** 5),
+                            "max_examples": (0, 10 ** 9)})
 
 
 if __name__ == "__main__":
@@ -44,6 +46,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+import ranks
 from generate import Assistant
 from images import read_image
 from prompts import images_of
@@ -59,8 +62,12 @@ def blank(example, transforms):
     return example | {"images": [[transform(black) for transform in transforms] for _ in example["images"]]}
 
 
-def score(assistant, data, cfg):
-    """-> one dict per example: index, type, question, expected, answer, right."""
+def score(assistant, data, cfg, answers):
+    """-> one dict per example: index, type, question, expected, answer, right; and what could not be scored.
+
+    Each result is written into the file `answers` as it comes: nobody wants to lose hours of work to the last
+    picture. An example that can't be read is left out, and named at the end.
+    """
     indices = range(min(len(data), cfg.max_examples or len(data)))
     if assistant.language.captions:
         kept = [i for i in indices if len(images_of(data.row(i))) == 1]
@@ -68,25 +75,31 @@ def score(assistant, data, cfg):
             print(f"left out {len(indices) - len(kept)} examples without exactly one picture: "
                   "an align run only captions")
         indices = kept
-    results = []
+    results, unread = [], []
     for start in tqdm(range(0, len(indices), cfg.batch_size), desc="scoring", disable=None):
-        batch = indices[start:start + cfg.batch_size]
-        examples = [data.question(i) for i in batch]
-        for example in examples:
-            if isinstance(example, BadExample):
-                raise example
+        examples = [(i, question(data, i)) for i in indices[start:start + cfg.batch_size]]
+        unread += [example for _, example in examples if isinstance(example, BadExample)]
+        examples = [(i, example) for i, example in examples if not isinstance(example, BadExample)]
         if cfg.blank_images:
-            examples = [blank(example, assistant.transforms) for example in examples]
-        for i, answer in zip(batch, assistant.answer(examples, cfg.max_new_tokens)):
+            examples = [(i, blank(example, assistant.transforms)) for i, example in examples]
+        given = assistant.answer([example for _, example in examples], cfg.max_new_tokens) if examples else []
+        for (i, _), answer in zip(examples, given):
             row = data.row(i)
-            turns = row["conversations"]
-            if turns[-1]["from"] != "gpt":
-                raise data.named(i, "the last turn must be the expected answer, from 'gpt'")
-            kind = row.get("type", row.get("category", "all"))
-            results.append({"index": i, "type": kind, "question": turns[-2]["value"],
-                            "expected": turns[-1]["value"], "answer": answer,
-                            "right": normal(answer) == normal(turns[-1]["value"])})
-    return results
+            asked, expected = (turn["value"] for turn in row["conversations"][-2:])
+            kind = printable(str(row.get("type", row.get("category", "all"))), 60)
+            results.append({"index": i, "type": kind, "question": asked, "expected": expected,
+                            "answer": answer, "right": normal(answer) == normal(expected)})
+            answers.write(json.dumps(results[-1]) + "\n")
+        answers.flush()
+    return results, unread
+
+
+def question(data, i):
+    """Example i without its last reply, or a BadExample."""
+    example = data.question(i)
+    if not isinstance(example, BadExample) and data.row(i)["conversations"][-1]["from"] != "gpt":
+        return data.named(i, "the last turn must be the expected answer, from 'gpt'")
+    return example
 
 
 def summary(results):
@@ -148,6 +161,10 @@ def open_loop(assistant, data, cfg):
     """Mean |error| of the policy's actions on recorded steps, per dimension, beside two policies that do not
     look: always the mean action of the training data; always what was done one step before."""
     wanted, key = data.actions()[:cfg.max_examples or None], assistant.policy.key(cfg.unnorm_key)
+    if wanted.shape[1] != assistant.policy.dimensions:
+        raise UserError(f"{cfg.json}: its actions have {wanted.shape[1]} dimensions, those of the policy "
+                        f"{assistant.policy.dimensions}")
+    assistant.policy.check_pictures(data.pictures_of_a_step())
     got = []
     for start in tqdm(range(0, len(wanted), cfg.batch_size), desc="scoring", disable=None):
         examples = [data.question(i) for i in range(start, min(start + cfg.batch_size, len(wanted)))]
@@ -169,30 +186,31 @@ def open_loop(assistant, data, cfg):
 
 
 def write_scores(scores, out):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(scores, indent=1, ensure_ascii=False))
+    out.write_text(json.dumps(scores, indent=1))
     print(f"scores   {out}")
 
 
 def main(cfg):
     assistant = Assistant(cfg.ckpt)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
+    check_writable(out)
     data = assistant.dataset(cfg.json, cfg.image_dir)
     if assistant.policy:
         return write_scores(open_loop(assistant, data, cfg), out)
-    results = score(assistant, data, cfg)
-    if not results:
-        raise UserError(f"{cfg.json}: nothing to score")
-    scores = summary(results)
-    print_table(scores)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(results, data, out.with_name("samples.png"), blank_images=cfg.blank_images)
-    write_scores(scores | {"answers": results}, out)
-    print(f"pictures {out.with_name('samples.png')}")
+    so_far = out.with_name(f"{out.stem}.unfinished.jsonl")
+    with open(so_far, "w") as answers:
+        results, unread = score(assistant, data, cfg, answers)
+    if results:
+        scores = summary(results)
+        print_table(scores)
+        write_scores(scores | {"answers": results}, out)
+        so_far.unlink()
+        contact_sheet(results, data, out.with_name("samples.png"), blank_images=cfg.blank_images)
+        print(f"pictures {out.with_name('samples.png')}")
+    if unread or not results:
+        raise UserError(f"{cfg.json}: {len(unread)} examples could not be scored and were left out"
+                        f"{f', first: {unread[0]}' if unread else '; there was nothing to score'}")
 
 
 if __name__ == "__main__":
-    try:
-        main(cfg)
-    except UserError as e:
-        raise SystemExit(f"error: {e}")
+    ranks.run(main, cfg)

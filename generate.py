@@ -11,7 +11,7 @@ No --image: a text question. Several: `--image a.png b.png`, in this order.
 import time
 from dataclasses import dataclass
 
-from config import Config, UserError, knob, parse, read_config
+from config import BadExample, Config, UserError, check_limits, knob, parse, read_config
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class GenerateConfig:
         if not self.ckpt:
             raise UserError("--ckpt RUN is missing: a run folder that train.py wrote, "
                             "such as runs/toy-finetune-x7")
+        check_limits(self, {"max_new_tokens": (1, 10 ** 5)})
 
 
 if __name__ == "__main__":
@@ -35,6 +36,7 @@ if __name__ == "__main__":
 import torch
 
 import checkpoint
+import ranks
 from data import Conversations
 from images import Pictures, load_image_transforms, read_image
 from model import load_vlm
@@ -89,6 +91,7 @@ class Assistant:
 
         key: the dataset whose units are meant; not needed where the policy knows only one.
         """
+        self.policy.check_pictures({len(images) for images in pictures})
         return self.act_on([self.example(self.policy.question(text), images)
                             for images, text in zip(pictures, instructions, strict=True)], key)
 
@@ -108,6 +111,11 @@ class Assistant:
         causal attention looks to the left, where the padding now stands. In training it stands on the right.
         """
         rows, longest = [], max(len(example["input_ids"]) for example in examples)
+        known = getattr(self.model.llm.config, "max_position_embeddings", None) or longest + max_new_tokens
+        if longest + options.get("min_new_tokens", 1) > known:
+            raise BadExample(f"the question takes {longest} positions, and the language model knows {known}: "
+                             "no answer fits behind it. Shorten it")
+        max_new_tokens = min(max_new_tokens, known - longest)
         mask = torch.zeros(len(examples), longest, dtype=torch.long, device=self.device)            # (B, T)
         for i, example in enumerate(examples):
             pixels = [torch.stack(views).to(self.device) for views in zip(*example["images"])]
@@ -146,7 +154,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    try:
-        main(cfg)
-    except UserError as e:
-        raise SystemExit(f"error: {e}")
+    ranks.run(main, cfg)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 from transformers import AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from config import BadExample, UserError
+from config import BadExample, UserError, check_folder, printable
 
 
 class Pictures:
@@ -20,11 +20,11 @@ class Pictures:
 
     image_dir:  folder that the pictures' names start from; names that lead out of it are refused.
     transforms: one ImageTransform for each backbone.
-    augment:    a seed; pictures are then cropped and colored at random, differently in each epoch.
+    augment:    changes a picture at random, (picture, rng) -> picture, in each epoch in another way.
     """
 
-    def __init__(self, image_dir, transforms, augment=None):
-        self.image_dir, self.transforms, self.augment = Path(image_dir), transforms, augment
+    def __init__(self, image_dir, transforms, augment=None, seed=0):
+        self.image_dir, self.transforms, self.augment, self.seed = Path(image_dir), transforms, augment, seed
         # In shared memory: data workers live longer than an epoch and must learn of the next one.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -38,8 +38,8 @@ class Pictures:
         pictures = [read_image(self.path(name)) for name in names]
         if self.augment is not None:
             # From epoch and example alone: a run that continues sees the same crops, in any order of workers.
-            rng = np.random.default_rng((self.augment, int(self.epoch), i))
-            pictures = [distort(picture, rng) for picture in pictures]
+            rng = np.random.default_rng((self.seed, int(self.epoch), i))
+            pictures = [self.augment(picture, rng) for picture in pictures]
         return [self.views(picture) for picture in pictures]
 
     def views(self, picture):
@@ -51,12 +51,18 @@ class Pictures:
         try:
             inside = path.resolve().is_relative_to(self.image_dir.resolve())
         except (OSError, ValueError, RuntimeError) as e:    # a link to itself, a zero byte, half a character
-            raise BadExample(f"picture {name!r} can't be read ({type(e).__name__}: {e}). "
-                             "Correct its name") from e
+            raise BadExample(f"picture {printable(name, 400)} can't be read "
+                             f"({type(e).__name__}: {printable(str(e), 400)}). Correct its name") from e
         if not inside:
             raise BadExample(f"picture {name} lies outside of --image_dir {self.image_dir}; "
                              "such paths are refused")
         return path
+
+
+# Pillow knows more, some by handing the file to another program (EPS to Ghostscript, for example).
+Image.init()
+FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+           if name in Image.OPEN]                           # not every build of Pillow has AVIF
 
 
 def read_image(path):
@@ -66,8 +72,12 @@ def read_image(path):
     Of an animation, the first frame. Raises BadExample where the file is missing or can't be decoded.
     """
     try:
-        with Image.open(path) as file:
+        if Path(path).exists() and not Path(path).is_file():    # opening a named pipe would wait for ever
+            raise IsADirectoryError("this is no file")
+        with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
+            if image.mode in ("F", "I"):        # what value is white, only its maker knows
+                raise ValueError("its pixels have 32 bits; save it with 8 or 16")
             if image.mode.startswith("I"):      # 16 bit: `convert` would clip everything above 255 to white
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.has_transparency_data:
@@ -77,7 +87,8 @@ def read_image(path):
     except FileNotFoundError:
         raise BadExample(f"picture {path} does not exist. Paths are relative to --image_dir") from None
     except Exception as e:                              # decoders raise many kinds here; each means the same
-        raise BadExample(f"picture {path} can't be read ({type(e).__name__}: {e}). "
+        raise BadExample(f"picture {printable(str(path), 400)} can't be read "
+                         f"({type(e).__name__}: {printable(str(e), 400)}). "
                          "Replace it or drop the example") from e
 
 
@@ -114,8 +125,9 @@ def load_image_transforms(names, resize, center_crop=False):
     transforms = []
     for name in names.split(","):
         try:
+            check_folder(name)
             settings, _ = BaseImageProcessor.get_image_processor_dict(name)
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             config = getattr(config, "vision_config", config)
             size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
             if isinstance(size, dict):
@@ -141,17 +153,3 @@ def crop(image, x, y):
     width, height = (round(side * AREA ** 0.5) for side in image.size)
     left, top = round((image.width - width) * x), round((image.height - height) * y)
     return image.crop((left, top, left + width, top + height))
-
-
-def distort(image, rng):
-    """OpenVLA's augmentation: a random crop, then brightness, contrast, saturation and hue.
-
-    The policy has then never seen a whole picture:
-    at inference it must get the central crop, or it misses its aim.
-    """
-    image = crop(image, *rng.random(2))
-    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = kind(image).enhance(rng.uniform(0.8, 1.2))
-    hue, saturation, value = image.convert("HSV").split()
-    shift = round(255 * rng.uniform(-0.05, 0.05))
-    return Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, GenerationConfig,
+                          SiglipVisionModel)
 from transformers.utils import logging
 
-from config import UserError
+from config import UserError, check_folder
 from prompts import IGNORE, IMAGE
 
 logging.disable_progress_bar()                      # one bar per backbone and rank would bury what matters
@@ -111,6 +112,24 @@ class VLM(nn.Module):
                 getattr(self, name).eval()
         return self
 
+    def free(self):
+        """Gives its memory back. It can't be used any more."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.grad, tensor.data = None, tensor.data.new_empty(0)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def check_fits(self, longest, trained, pictures_only):
+        """Raises UserError where the data asks for what this model can't do.
+        longest: example [positions]; trained: parts."""
+        known = getattr(self.llm.config, "max_position_embeddings", None) or longest
+        if longest > known:
+            raise UserError(f"the longest example takes {longest} positions, but the language model knows "
+                            f"{known}. Set --max_length {known}")
+        if not pictures_only and "llm" not in trained:
+            raise UserError(f"--trains {','.join(sorted(trained))}: a text-only example can train only the "
+                            "language model, and the data holds such examples. Leave them out, or add llm")
+
     def use_recomputing(self):
         """Recompute the LLM's activations in backward instead of keeping them ("gradient checkpointing").
 
@@ -197,12 +216,15 @@ def load_llm(name, dtype=torch.float32):
         if getattr(llm.config, setting, None) not in (None, 1, 1.0):
             raise UserError(f"--llm_backbone {name} changes its logits ({setting}); "
                             "such models are not supported")
+    # Many folders bring a generation_config.json with sampling and penalties. Our flags decide instead.
+    llm.generation_config = GenerationConfig()
     return llm
 
 
 def load(cls, name, flag, **options):
     try:
-        return cls.from_pretrained(name, **options)
+        check_folder(name)
+        return cls.from_pretrained(name, trust_remote_code=False, **options)     # no code of strangers is run
     except Exception as e:                          # transformers raises many kinds here; each means the same
         raise UserError(f"{flag} {name} can't be loaded ({type(e).__name__}: {str(e).splitlines()[0]}). "
                         "Give a Hugging Face folder, or a hub id if this machine reaches the hub") from e

@@ -17,9 +17,9 @@ nothing of the example is learned. Training and inference build their prompts by
 import re
 from typing import NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from config import BadExample, UserError
+from config import BadExample, UserError, check_folder
 
 IGNORE = -100                               # a label that the loss skips
 IMAGE = -200                                # stands in input_ids where a patch will be; no vocabulary entry
@@ -71,11 +71,15 @@ class Language:
     """A tokenizer together with the prompt format: everything that turns text into ids.
 
     captions: examples are read as stage align does, the picture and then the first reply, no question.
+    rows:     size of the model's table of embeddings, if it is known.
     Raises UserError where the tokenizer lacks a token that the prompt needs.
     """
 
-    def __init__(self, tokenizer, prompt, captions=False):
-        self.tokenizer, self.name, self.captions = tokenizer, prompt, captions
+    def __init__(self, tokenizer, prompt, captions=False, rows=None):
+        self.tokenizer, self.name, self.captions, self.rows = tokenizer, prompt, captions, rows
+        added = tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in added if token.special} - {TAG}
+        self.control = re.compile("|".join(map(re.escape, control)) or "(?!)")      # (?!) is found nowhere
         special = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
         if tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end-of-sequence token, so the model could never learn "
@@ -94,11 +98,24 @@ class Language:
             raise UserError("--prompt chatml needs a tokenizer that has <|im_end|> as one token; "
                             "this one has not. Try --prompt plain")
 
-    def ids(self, texts):
-        """Texts -> lists of ids, without BOS. One call for many texts: the tokenizer works on all cores."""
+    def ids(self, texts, plain=False):
+        """Texts -> lists of ids, without BOS. One call for many texts: the tokenizer works on all cores.
+        plain: a control token's name is read as the letters that it is written with."""
         # Not building attention masks makes tokenizing 25 % faster.
         no = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        return self.tokenizer(texts, **no)["input_ids"] if texts else []
+        ids = self.tokenizer(texts, split_special_tokens=plain, **no)["input_ids"] if texts else []
+        if self.rows and max((max(each) for each in ids if each), default=0) >= self.rows:
+            raise UserError("the tokenizer gives ids that the language model has no embedding for (it has "
+                            f"{self.rows}): they are not of one model. Look at the folder of --llm_backbone")
+        return ids
+
+    def piece_ids(self, pieces):
+        """The ids of those pieces that are texts, in their order."""
+        texts = [piece for piece in pieces if piece.text]
+        ids = self.ids([piece.text for piece in texts])
+        for i in (i for i, piece in enumerate(texts) if piece.plain):
+            ids[i], = self.ids([texts[i].text], plain=True)
+        return ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -107,13 +124,18 @@ class Language:
 def load_language(name, prompt="auto", captions=False):
     """Folder or hub id of a language model -> Language."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        check_folder(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not tokenizer("a")["input_ids"]:         # transformers makes one up where the files are missing
             raise ValueError("it knows no word; are its files missing?")
     except Exception as e:                          # transformers raises many kinds here; each means the same
         raise UserError(f"--llm_backbone {name}: no tokenizer can be loaded from it "
                         f"({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
-    return Language(tokenizer, known_prompt(name, tokenizer) if prompt == "auto" else prompt, captions)
+    try:
+        rows = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
+    except Exception:                               # only a check is lost; load_llm tells what is wrong
+        rows = None
+    return Language(tokenizer, known_prompt(name, tokenizer) if prompt == "auto" else prompt, captions, rows)
 
 
 class Piece(NamedTuple):
@@ -121,10 +143,23 @@ class Piece(NamedTuple):
     text: str = ""
     learn: bool = False
     ids: tuple = ()                                         # a robot's action
+    plain: bool = False                                     # control tokens in it are text
 
     @property
     def is_picture(self):
         return not self.text and not self.ids
+
+
+def text_pieces(before, said, after, language, learn=False):
+    """What somebody said, between two texts of the format -> pieces.
+
+    Usually one piece, tokenised as a whole. But only the format may write control tokens. Somebody who writes
+    </s> or <|im_end|> could end a turn and forge the next; so such a text is read on its own, as letters.
+    """
+    if not language.control.search(said):
+        return [Piece(before + said + after, learn)]
+    texts = (before, False), (said, True), (after, False)
+    return [Piece(text, learn, plain=plain) for text, plain in texts if text]
 
 
 def to_pieces(example, language, ask=False, reply=()):
@@ -144,9 +179,9 @@ def to_pieces(example, language, ask=False, reply=()):
     if language.captions:
         if len(images) != 1:
             raise BadExample(f"stage align needs exactly one picture per example, found {len(images)}")
-        replies = [Piece(turn["value"].strip() + language.tokenizer.eos_token, True)
-                   for turn in turns if turn["from"] == "gpt"]
-        return [Piece()] + ([] if ask else replies[:1])
+        replies = [turn["value"].strip() for turn in turns if turn["from"] == "gpt"][:not ask]
+        return [Piece()] + [piece for reply in replies for piece in
+                            text_pieces("", reply, language.tokenizer.eos_token, language, learn=True)]
     if ask and turns[-1]["from"] == "gpt":
         turns = turns[:-1]
     if not ask and turns[-1]["from"] == "human":
@@ -157,22 +192,23 @@ def to_pieces(example, language, ask=False, reply=()):
         if turn["from"] == "gpt" and reply and i == len(turns) - 1:
             pieces.append(Piece(ids=(*reply, language.end_id), learn=True))
         elif turn["from"] == "gpt":
-            pieces.append(Piece((gap + value if value else "") + prompt.end, True))
+            pieces += text_pieces(gap if value else "", value, prompt.end, language, learn=True)
         else:
             opening = prompt.first if i == 0 else prompt.user
             if len(images) == 1:
                 value = value.replace(TAG, "").strip()
-            first, *rest = (opening + value + prompt.before_reply.rstrip(" ")).split(TAG)
-            pieces.append(Piece(first))
-            for text in rest:
-                pieces += [Piece(), Piece(text)] if text else [Piece()]
+            for piece in text_pieces(opening, value, prompt.before_reply.rstrip(" "), language):
+                first, *rest = piece.text.split(TAG)
+                pieces += [piece._replace(text=first)] if first else []
+                for text in rest:
+                    pieces += [Piece(), piece._replace(text=text)] if text else [Piece()]
     return pieces
 
 
 def tokenize(example, language, patches, max_length, ask=False, reply=()):
     """An example -> input_ids (T,), labels (T,), as lists. `patches`: positions of one picture."""
     pieces = to_pieces(example, language, ask, reply)
-    ids = language.ids([piece.text for piece in pieces if piece.text])
+    ids = language.piece_ids(pieces)
     return assemble(pieces, ids, language.bos, patches, max_length, ask)
 
 

@@ -1,4 +1,4 @@
-"""Processes that find each other, agree, stop and fail together; and how an error reaches the user.
+"""Processes that find each other, agree, stop and fail together.
 
 torchrun starts one process for each GPU. Each has a number, its rank: 0, 1, ... world size - 1. All run the
 same program on other examples, and meet in collectives: calls that every rank must make, such as
@@ -10,22 +10,16 @@ A rank that does not come lets all others wait. So ranks must agree before one o
 rank that fails must end at once. `python train.py` without torchrun is a world of one: the same calls, with
 nobody to wait for.
 """
-import errno
-import json
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
-import traceback
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-from config import UserError
 
 
 # -- finding each other --------------------------------------------------------------------------------------
@@ -34,8 +28,8 @@ def start():
     """Joins the process group: the ranks that make collectives together. A single process joins one, too, so
     the loop needs no `if distributed`.
 
-    -> this rank's device, and whether torchrun has restarted the run that it began (--max_restarts). Only
-    rank zero is told the second; the others get False.
+    -> this rank's device, and whether torchrun (--max_restarts) or Slurm (--requeue) has restarted a run that
+    was begun before. Only rank zero is told the second; the others get False.
     """
     # LOCAL_RANK counts the ranks of one machine: it names the GPU. `set_device` makes that GPU the one that
     # "cuda" means. Without it eight processes would all put their first tensors on GPU 0, until it is full.
@@ -45,15 +39,25 @@ def start():
         torch.cuda.set_device(device)
     backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     under_torchrun = "RANK" in os.environ
+    if under_torchrun:
+        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     kept, rank, world_size = next(dist.rendezvous("env://")) if under_torchrun else (dist.HashStore(), 0, 1)
     store = store_of_this_start(kept, rank, world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=bound)
     global cpu_group
     cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    # Two numbers count the starts. Which of them grows depends on torch's version, and on the machine where
-    # the rank died. One that has grown is enough.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # Several numbers count the starts. Which of them grows depends on torch's version, and on the machine
+    # where the rank died. One that has grown is enough.
+    again = any(int(os.environ.get(f"{by}_RESTART_COUNT", 0)) > 0 for by in ("TORCHELASTIC", "SLURM"))
     return device, rank == 0 and (kept.add("starts", 1) > 1 or again)
+
+
+def end_with_parent(parent):
+    """Ends this rank when torchrun is gone. kill -9 takes torchrun without its ranks; they would train on,
+    and the same command, given again, would make a second writer of the same run."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def store_of_this_start(store, rank, world_size):
@@ -90,6 +94,13 @@ def store_of_this_start(store, rank, world_size):
 cpu_group = None
 
 
+def tell(value):
+    """What rank zero says, on every rank: for what only one may decide."""
+    values = [value]
+    dist.broadcast_object_list(values, group=cpu_group)
+    return values[0]
+
+
 def all_sum(tensor):
     """The sum over all ranks, in place and on each of them."""
     dist.all_reduce(tensor, group=cpu_group if tensor.device.type == "cpu" else None)
@@ -115,8 +126,12 @@ def rank_zero_first():
         barrier()
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
 class Stop:
-    """SIGTERM (a cluster that takes the machine back) or SIGINT (Ctrl-C): finish the step, save, leave.
+    """SIGTERM (a cluster that takes the machine back), SIGHUP (the terminal is closed) or SIGINT (Ctrl-C):
+    finish the step, save, leave.
 
     Signals reach the ranks at different moments. One that left the loop at once would let the others wait in
     the next all-reduce. So `asked` is only a wish; the loop sums up the wishes and all leave together.
@@ -124,7 +139,8 @@ class Stop:
 
     def __init__(self):
         self.asked = False
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self) for number in STOP_SIGNALS
+                       if signal.getsignal(number) != signal.SIG_IGN}               # nohup ignores SIGHUP
 
     def __call__(self, number, frame):
         self.asked = True
@@ -140,11 +156,11 @@ def ignore_signals(worker):
     torchrun and clusters send them to every process. A data worker that died of one would end the run before
     it could save. Workers end when the loop tells them, or is gone.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-# -- how a rank ends -----------------------------------------------------------------------------------------
+# -- how a process ends --------------------------------------------------------------------------------------
 # A rank ends with os._exit, at once, and takes nothing down before. Two things go wrong otherwise. After an
 # error, Python would wait for threads of torch that wait for the other ranks. After success, freeing DDP
 # joins gloo's threads while it holds Python's lock; if one of them needs that lock to let go of a tensor, the
@@ -153,61 +169,30 @@ def ignore_signals(worker):
 HELD = []
 
 
-def hold(ddp):
-    """Keeps DDP from being freed when `main` returns -> ddp."""
-    HELD.append(ddp)
-    return ddp
+def hold(thing):
+    """Keeps DDP, or the lock of the run, until the process ends -> the same thing."""
+    HELD.append(thing)
+    return thing
 
 
-def run(main, cfg):
-    """The life of a rank: `main(cfg)`, and then the end. Does not return."""
+def run(main, *args):
+    """The life of a process, of a rank or of any other command: `main(*args)`, then the end. Never returns.
+
+    The one boundary between errors and users; errors.py knows what to say.
+    """
+    code = 0
     try:
-        main(cfg)
-    except Exception as error:
-        end_with(error)
-    sys.stdout.flush()
-    os._exit(0)
+        code = main(*args) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:                                 # `| head -1` has seen enough
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        import errors
+        code = errors.end_with(error)
+    os._exit(code)
 
 
 class OtherRank(Exception):
     """This rank is well, but has to end because another one can't go on."""
-
-
-# No space, quota used up, file too large, read-only disk, no permission.
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-
-
-def explain(error):
-    """-> the text for the user, and whether this error is an echo: another rank failed, and this one only
-    noticed."""
-    text = str(error)
-    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
-        # The latter: it died while it handed over a batch.
-        return ("a process that reads data was killed from outside, most often because memory ran out "
-                f"({(text or repr(error)).splitlines()[0]}). Lower --num_workers or --per_device_batch_size; "
-                "the same command continues"), False
-    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-        return (f"the disk refuses to write ({error}). What was saved is intact. Free some space, or choose "
-                "another --run_root; then the same command continues"), False
-    if not isinstance(error, (UserError, OtherRank, subprocess.CalledProcessError)):
-        text = "".join(traceback.format_exception(error))
-    return text, isinstance(error, OtherRank) or "closed by peer" in text or "reset by peer" in text
-
-
-def end_with(error):
-    """Shows the error and ends this rank. torchrun then ends the others, and shows the error again.
-
-    An error that all ranks have is shown once: rank zero ends first, and torchrun then ends the others. An
-    echo waits longest. If it ended in the same second as the true error, torchrun might show the echo.
-    """
-    # When a data worker dies, DataLoader's handler of this signal raises wherever the program is, also here.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    rank, (text, echo) = int(os.environ.get("RANK", 0)), explain(error)
-    time.sleep(5 if echo else min(rank, 1) * 2)
-    text = f"rank {rank} ends because another rank did; see there" if echo else f"error (rank {rank}): {text}"
-    if "TORCHELASTIC_ERROR_FILE" in os.environ and not echo:    # what torchrun shows as the root cause
-        shown = json.dumps({"message": text, "timestamp": int(time.time())})
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(shown)
-    print(f"\n{text}", file=sys.stderr, flush=True)
-    os._exit(1)

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import config
@@ -54,18 +53,20 @@ from sampler import SplitModalitySampler
 
 
 def main(cfg):
+    import owner
     device, restarted = ranks.start()
     rank, run = dist.get_rank(), cfg.run_folder
-    prepare(cfg, run, restarted)
+    ranks.hold(owner.claim(cfg, run))   # the lock of this run: it has one writer
     files, policy, pictures, loader = load_data(cfg, device)
     sampler = loader.batch_sampler
     # The progress bar counts optimizer steps: epochs x global batches of an epoch. (A loop that counts
     # micro-batches would divide by the accumulation.) --max_steps ends a run earlier, or later, than that,
     # also in the middle of an epoch; a cosine then reaches zero at --max_steps.
     total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
-    parts, model = load_model(cfg, policy)
+    parts, model = load_model(cfg, policy, sampler)
     model.to(device)
     optimizer = make_optimizer(model, cfg)
+    owner.begin(cfg, run, restarted)    # up to here nothing on disk has changed
     step = checkpoint.resume(run, model, optimizer)
     # DDP averages gradients over the ranks while backward still runs. It waits for a gradient of every weight
     # that trains, but a text-only batch gives the projector none. DDP then raises an error, unless
@@ -122,19 +123,12 @@ def main(cfg):
     if rank == 0 and stopped:
         print(f"stopped by a signal after step {step} and saved; the same command continues")
     elif rank == 0:
+        optimizer.state.clear()         # the score loads the model once more, in a process of its own
+        model.free()
         finish(cfg, run)
 
 
 # -- what the loop works on ----------------------------------------------------------------------------------
-
-def prepare(cfg, run, restarted):
-    """Rank zero makes the data if there is a script for it, and the run folder with its config.json."""
-    if dist.get_rank() == 0:
-        if cfg.prepare and not Path(cfg.train_json).exists():
-            subprocess.run([sys.executable, cfg.prepare], check=True)
-        checkpoint.open_run(cfg, run, restarted)
-    ranks.barrier()
-
 
 def load_data(cfg, device):
     """One dataset, cut by the sampler into this rank's micro-batches
@@ -143,9 +137,14 @@ def load_data(cfg, device):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     language = load_language(cfg.llm_backbone, cfg.prompt, captions=cfg.stage == "align")
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
-    pictures = Pictures(cfg.image_dir, transforms, cfg.seed if cfg.augment else None)
+    pictures = Pictures(cfg.image_dir, transforms)
+    if cfg.augment:
+        import actions
+        pictures.augment, pictures.seed = actions.distort, cfg.seed
     about, policy = (language, pictures, cfg.max_length), None
     with ranks.rank_zero_first():       # it reads the files and counts all tokens; the others find the counts
+        if cfg.prepare and not Path(cfg.train_json).exists():
+            subprocess.run([sys.executable, cfg.prepare], check=True)           # draws the toy's data
         if cfg.stage == "vla":
             import actions
             policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {})
@@ -156,6 +155,8 @@ def load_data(cfg, device):
         else:
             files = [Conversations(path, *about, cfg.skip_bad_examples) for path in cfg.train_json.split(",")]
         counted = [file.lengths() for file in files]
+        if cfg.val_json and not policy:                     # now, not after hours of training
+            Conversations(cfg.val_json, *about).lengths()
     times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
     data = ConcatDataset([file for file, n in zip(files, times) for _ in range(n)])
     lengths, has_image = (np.concatenate([both[k] for both, n in zip(counted, times) for _ in range(n)])
@@ -177,14 +178,16 @@ def load_data(cfg, device):
     return files, policy, pictures, loader
 
 
-def load_model(cfg, policy):
-    """The weights of --ckpt if there is one, frozen but for what this stage trains
+def load_model(cfg, policy, sampler):
+    """The weights of --ckpt if there is one, frozen except for what this stage trains
     -> the parts that a checkpoint of this run holds, the VLM."""
-    before = checkpoint.parts_of(cfg)
+    start = checkpoint.together(lambda: checkpoint.find(cfg.ckpt)) if cfg.ckpt else None
+    before = checkpoint.parts_of(cfg, start) if start else []
     trained = {name.split(".")[0] for name in cfg.trained}
     model = load_vlm(cfg, cfg.trained, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    if cfg.ckpt:
-        checkpoint.load_weights(model, checkpoint.find(cfg.ckpt))
+    model.check_fits(int(sampler.lengths.max()), trained, bool(sampler.has_image.all()))
+    if start:
+        checkpoint.load_weights(model, start)
     if policy and "llm" in trained and config.read_config(cfg.ckpt).stage != "vla":
         # New rows of the embedding table, for action tokens. A checkpoint of stage vla has trained ones.
         policy.fresh_rows(model.llm, cfg.seed)
@@ -363,10 +366,12 @@ def save(run, step, model, optimizer, about, keep, forever=False):
     """Rank zero writes, everyone waits."""
     states = checkpoint.gather_random_states()
     if dist.get_rank() == 0:
-        checkpoint.flush(run / "metrics.jsonl")             # a power cut must not take its lines
         checkpoint.save(run, step, checkpoint.tensors_of(model, about["parts"]),
                         checkpoint.optimizer_tensors(model, optimizer) | states,
                         about | {"forever": forever}, keep)
+        if (run / "replaces.json").exists():                # --overwrite: the old run has done its duty
+            import owner
+            owner.forget(run)
     # Every rank must call barrier(). Inside the `if`, rank zero would wait for ever.
     ranks.barrier()
 
@@ -377,7 +382,8 @@ def finish(cfg, run):
         command = ["evaluate.py", "--ckpt", str(run), "--json", cfg.val_json, "--image_dir", cfg.image_dir,
                    "--out", str(run / "val.json")]
         print(f"\nscore    python {' '.join(command)}", flush=True)
-        subprocess.run([sys.executable, *command], check=True)
+        if subprocess.run([sys.executable, *command]).returncode:
+            print("the run itself is whole; when the score's error above is mended, give its command again")
     own = "" if cfg.prepare else f" --train_json FILE --image_dir {cfg.image_dir}"
     print(f"run      {run}")
     if cfg.stage == "align":

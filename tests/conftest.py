@@ -10,3 +10,18 @@ torch.set_num_threads(1)                                # tiny tensors: threads 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often test_faults.py kills a run (default: 3)")
+    parser.addoption("--fuzz", type=int, default=200, help="tries for each reader in test_fuzz.py (default: 200)")
+
+
+# What starts train.py again and again. All others are `quick`: under a minute, for between two edits.
+SLOW = ("test_actions", "test_faults", "test_owner", "test_train", "test_model")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: what one runs between two edits")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem not in SLOW:
+            item.add_marker("quick")

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import check
 import images
-from actions import BINS, ActionTokens, compute_statistics, end_of_actions
+from actions import BINS, ActionTokens, compute_statistics, distort, end_of_actions
 from config import BadExample, UserError
 from data import collate
 from prompts import IGNORE, IMAGE, Language
@@ -154,7 +154,7 @@ def test_conversations_and_episodes_are_not_mixed_up(tmp_path):
 
 
 def test_augmentation_depends_on_seed_epoch_and_example_only(tmp_path):
-    _, data = policy_and_data(tmp_path, episodes(), augment=3)
+    _, data = policy_and_data(tmp_path, episodes(), augment=distort)
     Image.effect_noise((12, 8), 90).convert("RGB").save(tmp_path / "a.png")
     first, other = data[0]["images"][0][0], data[1]["images"][0][0]
     assert torch.equal(first, data[0]["images"][0][0]) and not torch.equal(first, other)

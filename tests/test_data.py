@@ -1,7 +1,9 @@
 """data.py: batches, lengths, caches, files, workers."""
+import io
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from helpers import ROWS, dataset, every_kind, language, opened, picture, talk, transform
 
-from config import BadExample
+from config import BadExample, UserError
 from data import collate
 from prompts import IGNORE, IMAGE, Language
 
@@ -114,7 +116,7 @@ def test_lengths_are_counted_once_and_kept(tmp_path, no_counting):
 def test_lengths_that_another_rank_has_counted_are_read(tmp_path, no_counting):
     """All ranks open the file at the same time, then rank zero counts."""
     lang = language()
-    ranks = [dataset(tmp_path, ROWS, lang) for _ in range(2)]
+    ranks = [dataset(tmp_path, ROWS, lang), opened(tmp_path / "d.json", lang)]
     want = ranks[0].lengths()[0].tolist()
     no_counting()
     assert ranks[1].lengths()[0].tolist() == want
@@ -186,7 +188,7 @@ def grows_by(function):
     return int(os.read(end, 99))
 
 
-def test_a_large_file_is_mapped_and_no_worker_copies_it(tmp_path):
+def test_a_large_file_is_not_kept_in_memory_and_no_worker_copies_it(tmp_path):
     texts = "What is it?", *["A cat."] * 10, "x" * 600
     rows = [{"id": i, "conversations": talk(*texts)} for i in range(20_000)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
@@ -195,7 +197,7 @@ def test_a_large_file_is_mapped_and_no_worker_copies_it(tmp_path):
     data.cache = np.column_stack([data.places, np.ones((20_000, 2), np.int64)])     # not counted: it is slow
     data._write_cache()
     data = opened(tmp_path / "d.json", data.language)
-    assert all(isinstance(array, np.memmap) for array in (data.bytes, data.cache, data.places))
+    assert all(isinstance(array, np.memmap) for array in (data.cache, data.places))
     assert grows_by(lambda: all(data.row(i) for i in range(len(data)))) < 6e6      # Python itself, 3 MB
     assert grows_by(lambda: all(str(row) for row in rows)) > 12e6   # reading an object writes its count
     assert len(pickle.dumps(data)) < 2e6                            # what a worker gets that is not forked
@@ -205,15 +207,32 @@ def test_a_worker_that_is_not_forked_reads_the_same(tmp_path):
     data = dataset(tmp_path, ROWS, language())
     data.lengths()
     other = pickle.loads(pickle.dumps(data))
-    assert [other.row(i) for i in range(len(ROWS))] == ROWS and isinstance(other.bytes, np.memmap)
+    assert [other.row(i) for i in range(len(ROWS))] == ROWS
     assert [a.tolist() for a in other.lengths()] == [a.tolist() for a in data.lengths()]
+
+
+def as_npy(array):
+    np.save(stream := io.BytesIO(), array)
+    return stream.getvalue()
+
+
+def wrong(place, value, n=7):
+    """Rows of a cache, as they could be, except for one value."""
+    starts = np.arange(n) * 2
+    rows = np.column_stack([starts, starts + 1, 0 * starts, starts + 1, 0 * starts])
+    rows[place] = value
+    return rows
+
+
+WRONG_CACHES = [np.zeros((7, 4), np.int64), np.zeros((0, 5), np.int64), np.zeros((7, 5)), np.zeros(7, np.int64),
+                np.zeros((7, 5, 1), np.int64), wrong((3, 1), 10 ** 9), wrong((3, 0), 0), np.array([["a"] * 5])]
 
 
 def test_a_broken_file_of_lengths_is_made_again(tmp_path):
     lengths = dataset(tmp_path, ROWS, language()).lengths()[0].tolist()
     kept, = tmp_path.glob(".d.json.*.lengths.npy")
     whole = kept.read_bytes()
-    for broken in (b"", whole[:-8], whole[:20], b"nonsense" * 9):
+    for broken in (b"", whole[:-8], whole[:20], b"nonsense" * 9, *(as_npy(array) for array in WRONG_CACHES)):
         kept.write_bytes(broken)
         assert dataset(tmp_path, ROWS, language()).lengths()[0].tolist() == lengths
         assert kept.read_bytes() == whole
@@ -256,3 +275,22 @@ def test_json_and_json_lines_give_the_same_rows(how, tmp_path):
         read = opened(tmp_path / "d.json", language())
         assert [read.row(i) for i in range(len(read))] == rows
         assert read.lengths()[0].tolist() == real_lengths(read)
+
+
+@pytest.mark.parametrize("change", [
+    lambda file: file.write_bytes(file.read_bytes()[:40]), lambda file: file.unlink(),
+    lambda file: file.write_text(file.read_text().replace("cat", "dog"))], ids=["cut", "gone", "rewritten"])
+def test_a_file_that_changes_while_it_is_read_is_named(change, tmp_path):
+    """A mapped file that is cut would kill the process with SIGBUS."""
+    data = dataset(tmp_path, ROWS[:1], language())
+    assert not isinstance(data[0], BadExample)
+    change(tmp_path / "d.json")
+    os.utime(tmp_path, (0, 0))
+    assert isinstance(data[0], BadExample)
+    assert re.match(f"{tmp_path / 'd.json'} (was changed since the start|can't be read now)", str(data[0]))
+
+
+def test_a_pipe_is_no_file_of_examples(tmp_path):
+    os.mkfifo(tmp_path / "d.json")
+    with pytest.raises(UserError, match="d.json does not exist, or is no file"):
+        opened(tmp_path / "d.json", language())

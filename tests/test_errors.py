@@ -175,12 +175,25 @@ def write(folder, rows):
 
 # -- control text inside a turn ------------------------------------------------------------------------------
 
-def test_the_text_of_a_control_token_becomes_that_token(tmp_path):
-    """As in LLaVA and in chat templates: a reply with the end token's text in it teaches to stop there."""
-    lang = language()
-    rows = [{"conversations": talk("a <|endoftext|> b", "c <|endoftext|> d")}]
-    input_ids, labels = dataset(tmp_path, rows, lang).tokens(rows[0])
-    assert input_ids.count(lang.end_id) == 3 and labels.count(lang.end_id) == 2
+@pytest.mark.parametrize("captions", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2", "smollm"])
+def test_a_control_token_in_what_somebody_wrote_is_text(kind, captions, tmp_path):
+    """Else a question could end itself and forge a reply, and a reply would teach to stop in its middle."""
+    picture(tmp_path / "a.png")
+    lang = language(kind, "chatml" if kind in ("qwen", "smollm") else "plain")
+    end = lang.tokenizer.eos_token
+    forged = f"a {end} b"
+    rows = [{"image": "a.png", "conversations": talk(f"<image>{forged}", f"c {end} d", f"{end}", f"{end}{end}")}]
+    data = dataset(tmp_path, rows, lang, captions=captions)
+    input_ids, labels = data.tokens(rows[0])
+    honest = dataset(tmp_path, [{"image": "a.png", "conversations": talk("<image>a", "c", "b", "d")}], lang,
+                     captions=captions, name="honest.json")
+    for ids, want in zip((input_ids, labels), honest.tokens(honest.row(0))):
+        assert ids.count(lang.end_id) == want.count(lang.end_id)
+    assert f"c {end} d" in lang.tokenizer.decode([i for i in labels if i >= 0])
+    assert data.lengths()[0].tolist() == [len(input_ids)]
+    if not captions:
+        assert data.question(0)["input_ids"].tolist() == input_ids[:len(data.question(0)["input_ids"])]
 
 
 @pytest.mark.parametrize("text", [
@@ -237,7 +250,7 @@ def test_a_bad_file_is_named_with_the_line(kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.json", "."])
 def test_a_file_that_is_not_there_is_named(name, tmp_path):
-    with pytest.raises(config.UserError, match="does not exist. It should be a LLaVA JSON or JSON-lin"):
+    with pytest.raises(config.UserError, match="does not exist, or is no file. It should be a LLaVA JSO"):
         opened(tmp_path / name, language())
 
 
@@ -526,20 +539,27 @@ FLAGS = {
     "a checkpoint that is not there": (["--ckpt", "nowhere"],
                                        "--ckpt nowhere: neither a run folder nor a step folder"),
     "a checkpoint of another preset": (["--ckpt", RUN, "--preset", "single-gpu"], "made with --preset toy"),
-    **{f"{name} {value}": ([f"--{name}", value], f"--{name} is {value}, but must be at least 1")
+    **{f"{name} {value}": ([f"--{name}", value], f"--{name} is {value}, but must lie between 1 and ")
        for value in ("0", "-1") for name in
        ("global_batch_size", "per_device_batch_size", "epochs", "save_every", "keep", "max_length")},
-    **{f"{name} -1": ([f"--{name}", "-1"], f"--{name} is -1, but must not be negative")
+    **{f"{name} -1": ([f"--{name}", "-1"], f"--{name} is -1, but must lie between 0 and ")
        for name in ("max_steps", "num_workers", "length_window", "seed")},
-    **{f"{name} -0.1": ([f"--{name}", "-0.1"], f"--{name} is -0.1, but must not be negative")
+    **{f"{name} -0.1": ([f"--{name}", "-0.1"], f"--{name} is -0.1, but must lie between 0 and ")
        for name in ("learning_rate", "weight_decay", "warmup_ratio")},
-    "max_grad_norm 0.0": (["--max_grad_norm", "0"], "--max_grad_norm is 0.0, but must be positive"),
-    "learning_rate nan": (["--learning_rate", "nan"], "--learning_rate is nan"),
+    "max_grad_norm 0.0": (["--max_grad_norm", "0"], "--max_grad_norm is 0.0, but must lie between 1e-30 and"),
+    **{f"{name} {value}": ([f"--{name}", value], f"--{name} is {value}, but must lie between ")
+       for value in ("nan", "inf") for name in
+       ("learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm")},
+    "warmup_ratio 5": (["--warmup_ratio", "5"], "--warmup_ratio is 5.0, but must lie between 0 and 1"),
+    "a slip of the hand": (["--global_batch_size", "10" * 6], "must lie between 1 and 1000000"),
+    "seed 2 ** 64": (["--seed", str(2 ** 64)], f"--seed is {2 ** 64}, but must lie between 0 and"),
+    **{f"run_id {name}": (["--run_id", name], f"--run_id {name}: give a name for a folder")
+       for name in ("../x", "a/b", "..", ".", "step-00000001", "unfinished-1", "a b", "x" * 101)},
 }
 
 
 def refused(capsys, argv):
-    """The last line on stderr. argparse ends the program with 2."""
+    """The last line on stderr. A wrong flag ends the program with 2."""
     with pytest.raises(SystemExit) as e:
         config.parse(config.Config, argv)
     printed = capsys.readouterr()

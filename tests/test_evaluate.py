@@ -1,11 +1,13 @@
 """evaluate.py: what counts as right, the table by type, the sheet that people look at."""
+import io
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from config import UserError
+from config import BadExample, UserError
 from evaluate import EvaluateConfig, contact_sheet, score, summary
 
 ASK = "<image>\nWhich is shown?\nA. a star\nB. a heart"
@@ -27,7 +29,7 @@ class Recorded:
         return self.rows[i]
 
     def named(self, i, what):
-        return UserError(f"example {i}: {what}")
+        return BadExample(f"example {i}: {what}")
 
 
 def rows_of(*types):
@@ -38,7 +40,13 @@ def rows_of(*types):
 def scored(rows, answers):
     assistant = SimpleNamespace(language=SimpleNamespace(captions=False),
                                 answer=lambda examples, _: [answers.pop(0) for _ in examples])
-    return score(assistant, Recorded(rows), EvaluateConfig(ckpt="x", json="x", batch_size=2))
+    written = io.StringIO()
+    cfg = EvaluateConfig(ckpt="x", json="x", batch_size=2)
+    results, unread = score(assistant, Recorded(rows), cfg, written)
+    assert [json.loads(line) for line in written.getvalue().splitlines()] == results
+    if unread:
+        raise unread[0]
+    return results
 
 
 def test_case_outer_spaces_and_a_final_dot_do_not_count_and_nothing_else_is_forgiven():

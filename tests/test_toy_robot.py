@@ -190,7 +190,7 @@ class Stub:
     """An assistant whose policy only notes what it is asked. It always does the same."""
 
     def __init__(self, policy=True):
-        self.policy, self.asked = policy, []
+        self.policy, self.asked = policy and SimpleNamespace(dimensions=3), []
 
     def act(self, pictures, instructions, key):
         self.asked.append(SimpleNamespace(pictures=[picture for picture, in pictures],
@@ -249,9 +249,9 @@ def test_a_run_that_is_no_policy_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ({"episodes": 0}, "--episodes is 0, but must be at least 1"),
-    ({"ckpt": "run", "rollouts": 0}, "--rollouts is 0, but must be at least 1"),
-    ({"ckpt": "run", "batch_size": -1}, "--batch_size is -1, but must be at least 1"),
+    ({"episodes": 0}, "--episodes is 0, but must lie between 1 and"),
+    ({"ckpt": "run", "rollouts": 0}, "--rollouts is 0, but must lie between 1 and"),
+    ({"ckpt": "run", "batch_size": -1}, "--batch_size is -1, but must lie between 1 and"),
     ({"rollouts": 5}, "--rollouts is of no use without --ckpt"),
     ({"ckpt": "run", "episodes": 5}, "--episodes is of no use with --ckpt")])
 def test_flags_that_make_no_sense_are_refused(flags, says):

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # `python toy/robot.py` puts this file's folder on the path, but the modules are found from the one above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import UserError, knob, parse  # noqa: E402
+from config import UserError, check_limits, check_writable, knob, parse  # noqa: E402
 from toy import world  # noqa: E402
 
 STEP = 20.0                                         # one action moves so far on each axis, at most [pixels]
@@ -57,9 +57,7 @@ class RobotConfig:
                         "rollouts.png is drawn beside it")
 
     def __post_init__(self):
-        for name in ("episodes", "rollouts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
+        check_limits(self, {"episodes": (1, 10 ** 7), "rollouts": (1, 10 ** 6), "batch_size": (1, 10 ** 5)})
         # Otherwise --rollouts without --ckpt would write thousands of episodes, which nobody asked for.
         unread = ("folder", "seed", "episodes") if self.ckpt else (
             "rollouts", "batch_size", "unnorm_key", "wrong_instruction", "blank_images", "out")
@@ -321,9 +319,12 @@ def let_act(cfg):
     assistant = Assistant(cfg.ckpt)
     if not assistant.policy:
         raise UserError(f"--ckpt {cfg.ckpt} is no policy: give a run that was trained by --stage vla")
-    scores, shown = success_rates(assistant, cfg)
+    if assistant.policy.dimensions != 3:
+        raise UserError(f"--ckpt {cfg.ckpt}: its actions have {assistant.policy.dimensions} dimensions, "
+                        "those of this robot 3. It is the policy of another robot")
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "rollouts.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
+    scores, shown = success_rates(assistant, cfg)
     film_strips(shown, out.with_name("rollouts.png"))
     print(f"pictures {out.with_name('rollouts.png')}")
     out.write_text(json.dumps(scores, indent=1))
@@ -338,7 +339,6 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(RobotConfig, description=__doc__.split("\n\n")[0]))
-    except UserError as e:
-        raise SystemExit(f"error: {e}")
+    cfg = parse(RobotConfig, description=__doc__.split("\n\n")[0])
+    import ranks                                            # behind the flags: it imports torch
+    ranks.run(main, cfg)

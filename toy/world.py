@@ -7,14 +7,19 @@ questions about one or two pictures, and tasks that are text only, all as LLaVA 
 
 The two small backbones in `toy/` were trained on this world by `toy/pretrain.py`.
 """
-import argparse
 import json
 import math
 import random
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
+
+# `python toy/world.py` puts this file's folder on the path, but the modules are found from the one above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from config import check_limits, knob, parse  # noqa: E402
 
 COLORS = {"red": (214, 45, 48), "green": (48, 158, 76), "blue": (44, 96, 214),
           "yellow": (242, 205, 48), "purple": (136, 62, 178), "orange": (242, 132, 32)}
@@ -22,6 +27,16 @@ SHAPES = ("circle", "square", "triangle", "star", "heart")
 CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
 PIXELS = 96                                         # width and height of a picture; a cell is a third of it
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    folder: str = knob("data/toy", "where to write")
+    seed: int = knob(0, "another seed is another world")
+    scale: float = knob(1.0, "times as many examples")
+
+    def __post_init__(self):
+        check_limits(self, {"scale": (0, 100), "seed": (0, 2 ** 32)})
 
 
 class Thing(NamedTuple):
@@ -302,11 +317,6 @@ def write(folder, seed=0, scale=1.0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", default="data/toy", help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="another seed is another world (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0,
-                        help="times as many examples (default: %(default)s)")
-    args = parser.parse_args()
-    write(args.folder, args.seed, args.scale)
+    cfg = parse(WorldConfig, description=__doc__.split("\n\n")[0])
+    import ranks                                            # behind the flags: it imports torch
+    ranks.run(write, cfg.folder, cfg.seed, cfg.scale)

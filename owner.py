@@ -1,0 +1,155 @@
+"""Who may write into a run folder: one process, of the run that the folder holds.
+
+    claim       before anything is loaded: is the folder free, or a run that this command continues?
+    begin       after everything is loaded: makes the folder
+    move_away   --overwrite: runs/NAME becomes runs/NAME.overwritten, when everything is checked and loaded.
+                A mistake in the flags costs nothing
+    forget      the first checkpoint of the new run deletes the old one
+"""
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+import ranks
+from checkpoint import delete_step, flush, step_folders, unused_name, write_text
+from config import UserError, read_config
+
+# A run may continue with other values of these: they do not change what is computed, up to float rounding.
+FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite",
+                  "gradient_checkpointing", "run_root", "run_id", "prepare", "val_json", "keep_epochs",
+                  "skip_bad_examples", "profile", "compile")
+
+
+# What train.py and its commands write into a run folder. Anything else in it is the user's.
+RUN_FILES = ("config.json", "metrics.jsonl", "replaces.json", "dataset_statistics.json", "trace.json",
+             "val.json", "scores.json", "samples.png", "rollouts.json", "rollouts.png")
+
+
+def claim(cfg, run):
+    """Before anything is loaded, on every rank: may this command write into `run`? Nothing is changed yet.
+
+    -> for rank zero the lock: an open file, to be held as long as the process may write.
+    """
+    held = claim_alone(cfg, run) if dist.get_rank() == 0 else None
+    ranks.barrier()
+    return held
+
+
+def claim_alone(cfg, run):
+    if cfg.ckpt and Path(cfg.ckpt).resolve() in (run.resolve(), *run.resolve().glob("step-*")):
+        raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt "
+                        "as it was at the start; to start from it, name the new run with --run_id")
+    try:
+        held = lock(run)
+        if (run / "config.json").exists():
+            before = read_config(run)                       # an error if another program wrote it
+            if not cfg.overwrite:
+                check_same_run(cfg, before, run)
+        elif os.path.lexists(run) and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"{run} exists and holds no run of this program. Choose another --run_id")
+        return held
+    except OSError as e:
+        raise UserError(f"the run folder {run} can't be written ({e.strerror}). "
+                        "Choose another --run_root") from e
+
+
+def lock(run):
+    """Makes this process the only writer of a run, until it ends -> the open lock file.
+
+    A POSIX lock belongs to a process: however it ends, the system lets go of the lock, and data workers do
+    not inherit it. It works on local disks and over NFS. A file system without locks (Lustre mounted without
+    -o flock, some others) says so; then nothing but care keeps a second writer away.
+    """
+    run.parent.mkdir(parents=True, exist_ok=True)
+    file = open(run.parent / f".{run.name}.lock", "a+")
+    for last_try in [False] * 50 + [True]:                  # the ranks of a dead torchrun end within seconds
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if last_try:
+                file.seek(0)
+                raise UserError(f"{run} is being written by another start of it: {file.read(200).strip()}. "
+                                "Wait for it, end it, or name a new run with --run_id") from None
+            time.sleep(0.1)
+        except OSError as e:
+            print(f"{run.parent} has no locks ({e.strerror}): do not start this run twice", file=sys.stderr)
+            return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
+    file.flush()
+    return file
+
+
+def check_same_run(cfg, before, run):
+    old, new = asdict(before), asdict(cfg)
+    changed = [f"--{name} was {old[name]!r}, is {new[name]!r}" for name in new
+               if old[name] != new[name] and name not in FREE_TO_CHANGE]
+    if changed:
+        raise UserError(f"{run} holds a run with other flags: {'; '.join(changed)}. Give the same flags to "
+                        "continue it, --run_id for a new run, or --overwrite to start over")
+
+
+def begin(cfg, run, restarted):
+    """After everything is loaded, on every rank: the run folder is there when this returns."""
+    if dist.get_rank() == 0:
+        begin_alone(cfg, run, restarted)
+    ranks.barrier()
+
+
+def begin_alone(cfg, run, restarted):
+    """Makes the run folder if there is none, or if --overwrite wants a new one.
+    `restarted`: an earlier start has obeyed --overwrite already."""
+    replaces = []
+    try:
+        if (run / "config.json").exists():
+            if restarted or not cfg.overwrite:
+                return
+            replaces = move_away(run)
+        new = unused_name(run.with_name(f".{run.name}.new"))     # under its own name it appears whole
+        new.mkdir(parents=True)
+        write_text(new / "config.json", json.dumps(asdict(cfg), indent=2))
+        if replaces:
+            write_text(new / "replaces.json", json.dumps(replaces))
+        if run.exists():
+            run.rmdir()                                     # it is empty, see claim
+        new.rename(run)
+        flush(run.parent)
+    except OSError as e:
+        raise UserError(f"the run folder {run} can't be written ({e.strerror}). "
+                        "Choose another --run_root") from e
+
+
+def move_away(run):
+    """Moves a run out of the way -> all runs whose place the next one takes, also those that it replaced."""
+    if run.is_symlink():
+        raise UserError(f"--overwrite: {run} is a link to {run.resolve()}. Remove the link, "
+                        "or name a new run with --run_id")
+    record = run / "replaces.json"
+    before = json.loads(record.read_text()) if record.exists() else []
+    old = unused_name(run.with_name(f"{run.name}.overwritten"))
+    run.rename(old)
+    print(f"the old run is now {old}; the first checkpoint of the new one deletes it", flush=True)
+    return [*before, str(old)]
+
+
+def forget(run):
+    """Deletes the runs that this one replaces: what this program wrote, and nothing else."""
+    record = run / "replaces.json"
+    for old in map(Path, json.loads(record.read_text())) if record.exists() else ():
+        for folder in step_folders(old):
+            delete_step(folder)
+        for name in RUN_FILES:
+            (old / name).unlink(missing_ok=True)
+        if old.exists() and any(old.iterdir()):
+            print(f"{old} is kept: it holds more than this program wrote")
+        elif old.exists():
+            old.rmdir()
+    record.unlink(missing_ok=True)
