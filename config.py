@@ -5,14 +5,18 @@ first: the field's default, the preset, the preset's stage, the checkpoint of --
 model), the command line. No torch here, so `--help` is instant.
 """
 import argparse
+import functools
 import json
 import os
 import re
+import socket
 import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 # Two defaults for libraries that read them when torch is imported. Every command imports this file before;
 # a value that the user has set wins.
@@ -51,23 +55,25 @@ def last_words(text):
         Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
 
 
-def check_writable(path):
-    """A file that will be written after long work is tried out before it. Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
-        path.with_name(f".{path.name}.tried").touch()
-        path.with_name(f".{path.name}.tried").unlink()
-    except OSError as e:
-        raise UserError(f"{path} can't be written ({e}). Choose another name with --out") from e
-
-
-def check_folder(name):
-    """Of a model folder: only files and folders. Opening a named pipe would wait for ever."""
-    for path in Path(name).iterdir() if Path(name).is_dir() else ():
-        if not path.is_file() and not path.is_dir():
+def loading_options(name):
+    """How transformers may load `name`, a folder or a hub id: without running its code, and with the network
+    only for a hub id, if the hub can be reached. Raises UserError where a folder holds a named pipe."""
+    folder = Path(name)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_file() and not path.is_dir():        # opening it would wait for ever
             raise UserError(f"{path} is neither a file nor a folder")
+    return {"trust_remote_code": False, "local_files_only": folder.exists() or not hub_is_there()}
+
+
+@functools.cache
+def hub_is_there():
+    """transformers would try for a minute to find this out. Behind a proxy only it can."""
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        getproxies().get("https") or socket.create_connection((host, 443), timeout=5).close()
+        return True
+    except OSError:
+        return False
 
 
 def knob(default, meaning, unit=""):

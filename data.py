@@ -263,9 +263,9 @@ class Conversations(torch.utils.data.Dataset):
             rows = np.load(file, mmap_mode="r", allow_pickle=False) if file.is_file() else None
             if rows.shape[1:] == (5,) and rows.dtype == np.int64 and zlib.crc32(rows[:-1]) == rows[-1, 4]:
                 return rows[:-1]
-        except Exception:                       # numpy raises many kinds where a file is not what it should be
+        except Exception:                                   # of the many kinds that numpy raises
             pass
-        return None                             # it is not there, or not whole: it is made again
+        return None                                         # not there, or not whole: it is made again
 
     def _write_cache(self):
         try:

@@ -83,3 +83,15 @@ def end_with(error):
     else:
         last_words(f"error (rank {rank}): {text}" if "RANK" in os.environ else f"error: {text}")
     return 1
+
+
+def check_writable(path):
+    """A file that will be written after long work is tried out before it. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
+        path.with_name(f".{path.name}.tried").touch()
+        path.with_name(f".{path.name}.tried").unlink()
+    except OSError as e:
+        raise UserError(f"{path} can't be written ({e}). Choose another name with --out") from e

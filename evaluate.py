@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import BadExample, UserError, check_limits, check_writable, knob, parse, printable
+from config import BadExample, UserError, check_limits, knob, parse, printable
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import ranks
+from errors import check_writable
 from generate import Assistant
 from images import read_image
 from prompts import images_of

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from transformers import AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from config import BadExample, UserError, check_folder, printable
+from config import BadExample, UserError, loading_options, printable
 
 
 class Pictures:
@@ -125,9 +125,9 @@ def load_image_transforms(names, resize, center_crop=False):
     transforms = []
     for name in names.split(","):
         try:
-            check_folder(name)
-            settings, _ = BaseImageProcessor.get_image_processor_dict(name)
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            options = loading_options(name)
+            settings, _ = BaseImageProcessor.get_image_processor_dict(name, **options)
+            config = AutoConfig.from_pretrained(name, **options)
             config = getattr(config, "vision_config", config)
             size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
             if isinstance(size, dict):

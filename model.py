@@ -15,7 +15,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisio
                           SiglipVisionModel)
 from transformers.utils import logging
 
-from config import UserError, check_folder
+from config import UserError, loading_options
 from prompts import IGNORE, IMAGE
 
 logging.disable_progress_bar()                      # one bar per backbone and rank would bury what matters
@@ -223,8 +223,7 @@ def load_llm(name, dtype=torch.float32):
 
 def load(cls, name, flag, **options):
     try:
-        check_folder(name)
-        return cls.from_pretrained(name, trust_remote_code=False, **options)     # no code of strangers is run
+        return cls.from_pretrained(name, **loading_options(name), **options)
     except Exception as e:                          # transformers raises many kinds here; each means the same
         raise UserError(f"{flag} {name} can't be loaded ({type(e).__name__}: {str(e).splitlines()[0]}). "
                         "Give a Hugging Face folder, or a hub id if this machine reaches the hub") from e

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer
 
-from config import BadExample, UserError, check_folder
+from config import BadExample, UserError, loading_options
 
 IGNORE = -100                               # a label that the loss skips
 IMAGE = -200                                # stands in input_ids where a patch will be; no vocabulary entry
@@ -124,15 +124,14 @@ class Language:
 def load_language(name, prompt="auto", captions=False):
     """Folder or hub id of a language model -> Language."""
     try:
-        check_folder(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, **loading_options(name))
         if not tokenizer("a")["input_ids"]:         # transformers makes one up where the files are missing
             raise ValueError("it knows no word; are its files missing?")
     except Exception as e:                          # transformers raises many kinds here; each means the same
         raise UserError(f"--llm_backbone {name}: no tokenizer can be loaded from it "
                         f"({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
     try:
-        rows = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
+        rows = AutoConfig.from_pretrained(name, **loading_options(name)).get_text_config().vocab_size
     except Exception:                               # only a check is lost; load_llm tells what is wrong
         rows = None
     return Language(tokenizer, known_prompt(name, tokenizer) if prompt == "auto" else prompt, captions, rows)

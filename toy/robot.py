@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # `python toy/robot.py` puts this file's folder on the path, but the modules are found from the one above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import UserError, check_limits, check_writable, knob, parse  # noqa: E402
+from config import UserError, check_limits, knob, parse  # noqa: E402
 from toy import world  # noqa: E402
 
 STEP = 20.0                                         # one action moves so far on each axis, at most [pixels]
@@ -315,7 +315,8 @@ def success_rates(assistant, cfg):
 
 def let_act(cfg):
     """Scores the policy of --ckpt in unseen scenes, and writes the scores and the film strips."""
-    from generate import Assistant      # only here: it imports torch, which writing episodes does not need
+    from errors import check_writable   # only here: they import torch, which writing episodes does not need
+    from generate import Assistant
     assistant = Assistant(cfg.ckpt)
     if not assistant.policy:
         raise UserError(f"--ckpt {cfg.ckpt} is no policy: give a run that was trained by --stage vla")
