@@ -4,8 +4,8 @@
     python tests/mutate.py --known                                # the lines that tests once missed
 
 Works on a copy of the repository. For each broken line it runs the tests of that room, and prints what
-survives: a survivor is a law without a test, or a line without a use. Some are harmless (another wording of an
-error, a faster path), so read them; nothing here is a pass or a fail by itself.
+survives: a survivor is a law without a test, or a line without a use. Some are harmless (another wording of
+an error, a faster path), so read them; nothing here is a pass or a fail by itself.
 """
 import argparse
 import io
@@ -23,13 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # room -> test files that know its laws
 TESTS = {"config": "errors fuzz", "sampler": "sampler", "prompts": "prompts errors", "images": "images errors",
          "data": "data errors fuzz", "model": "model errors", "checkpoint": "checkpoint errors fuzz",
-         "train": "model train", "actions": "actions", "ranks": "train faults owner", "owner": "owner",
+         "train": "model train", "actions": "actions", "owner": "owner", "ranks": "train faults owner",
          "errors": "train faults", "evaluate": "evaluate", "toy/world": "toy", "toy/robot": "toy_robot"}
 SWAPS = {"+": "-", "-": "+", "*": "+", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
          "and": "or", "or": "and", "True": "False", "False": "True", "min": "max", "max": "min",
          "ceil": "floor", "any": "all", "all": "any", "//": "/", "not": ""}
 KNOWN = [       # room, a line's part, what it becomes: all five passed the tests of their room once
-    ("train", "clip_grad_norm_(model.parameters(), cfg.max_grad_norm)", "clip_grad_norm_(model.parameters(), 1e9)"),
+    ("train", "clip_grad_norm_(model.parameters(), cfg.max_grad_norm)",
+     "clip_grad_norm_(model.parameters(), 1e9)"),
     ("train", "math.ceil(cfg.warmup_ratio", "math.floor(cfg.warmup_ratio"),
     ("train", "torch.manual_seed(cfg.seed + dist.get_rank())", "torch.manual_seed(cfg.seed)"),
     ("train", "nullcontext() if last else model.no_sync()", "nullcontext()"),
@@ -78,11 +79,13 @@ def main(args):
         for room in rooms:
             source = (ROOT / f"{room}.py").read_text()
             if args.known:
-                chosen = [(f"{old} -> {new}", source.replace(old, new)) for where, old, new in KNOWN if where == room]
+                chosen = [(f"{old} -> {new}", source.replace(old, new))
+                          for where, old, new in KNOWN if where == room]
                 assert all(text != source for _, text in chosen), "a known line is not there any more"
             else:
                 found = mutations(source)
-                chosen = [(f"line {row}: {old} -> {new or '(nothing)'}   {source.splitlines()[row - 1].strip()}",
+                lines = source.splitlines()
+                chosen = [(f"line {row}: {old} -> {new or '(nothing)'}   {lines[row - 1].strip()}",
                            broken(source, row, column, old, new))
                           for row, column, old, new in rng.sample(found, min(args.tries, len(found)))]
             for what, text in chosen:
@@ -96,8 +99,9 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rooms", default="sampler,prompts,images,data,checkpoint", help=f"of {', '.join(TESTS)}")
-    parser.add_argument("--tries", type=int, default=10, help="broken lines for each room (default: %(default)s)")
+    parser.add_argument("--rooms", default="sampler,prompts,images,data,checkpoint",
+                        help=f"of {', '.join(TESTS)}")
+    parser.add_argument("--tries", type=int, default=10, help="broken lines for each room (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=300, help="longer than this counts as seen")
     parser.add_argument("--known", action="store_true", help="the lines that tests once missed")
