@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import BadExample, UserError
+from config import BadExample, UserError, printable
 from prompts import IGNORE, assemble, images_of, to_pieces, tokenize
 
 LENGTHS = 3                                                 # raise it when examples become other ids
@@ -144,7 +144,7 @@ class Conversations(torch.utils.data.Dataset):
     def named(self, i, error):
         """The error with its place."""
         row = self.row(i)
-        return BadExample(f"{self.path}[{i}] id={row.get('id')!r}: {error}. "
+        return BadExample(f"{self.path}[{i}] id={printable(repr(row.get('id')), 400)}: {error}. "
                           f"It begins {self.beginning(row)!r}")
 
     @staticmethod

@@ -10,7 +10,7 @@ torch.set_num_threads(1)                                # tiny tensors: threads 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often test_faults.py kills a run (default: 3)")
-    parser.addoption("--fuzz", type=int, default=200, help="tries for each reader in test_fuzz.py (default: 200)")
+    parser.addoption("--fuzz", type=int, default=200, help="tries for each reader of test_fuzz.py: 200")
 
 
 # What starts train.py again and again. All others are `quick`: under a minute, for between two edits.

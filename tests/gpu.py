@@ -1,4 +1,4 @@
-"""What only a GPU can show: bf16 beside fp32, and a run that is killed there. Prints a table in three minutes.
+"""What only a GPU can show: bf16 beside fp32, and a run that is killed there. A table, in three minutes.
 
     python tests/gpu.py                 # on a machine with a GPU, with the packages of requirements.txt
 """
@@ -24,7 +24,8 @@ def command(root, run_id, *flags, stage="align"):
 
 def train(root, run_id, *flags, stage="align"):
     """One run of train.py on the toy -> its metrics, its folder."""
-    done = subprocess.run(command(root, run_id, *flags, stage=stage), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(root, run_id, *flags, stage=stage), cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics_of(root / run_id), root / run_id
 

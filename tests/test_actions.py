@@ -91,6 +91,7 @@ def test_statistics_are_openvlas_and_hardly_moving_dimensions_are_named(capsys):
     assert of["action"]["q99"] == pytest.approx([9.9, 0.5 + 5e-7, 1.0])
     assert (of["action"]["min"] == [0, 0.5, 0] and of["action"]["max"] == [10, 0.5, 1]
             and of["action"]["mean"][0] == 5)
+    assert of["action"]["q99"][1] - of["action"]["q01"][1] == pytest.approx(1e-6, rel=1e-3)     # the floor
     assert of["action"]["mask"] == [True, True, False]
     assert (of["num_transitions"], of["num_trajectories"]) == (101, 7)
     assert "action dimension 1 hardly moves" in capsys.readouterr().err
@@ -323,3 +324,41 @@ def test_one_action_costs_one_token_per_dimension(tmp_path):
     policy, data = policy_and_data(tmp_path, episodes(dimensions=7))
     assert policy.dimensions == 7 and data.actions().shape == (12, 7)
     assert (data[0]["labels"] != IGNORE).sum() == 8
+
+
+@pytest.mark.parametrize("value", ["1", True, None, [1.0], float("inf"), 1e308, -1e10])
+def test_what_is_no_number_in_an_action_is_named(value, tmp_path):
+    rows = episodes()
+    rows[1]["steps"][2]["action"][1] = value
+    with pytest.raises(UserError, match=r"d.json, episode id='e1', step 2: 'action' must be 3 finite num"):
+        policy_and_data(tmp_path, rows)
+
+
+@pytest.mark.parametrize("keep, said", [
+    ([3], "--keep_dimensions 3: the actions of .*d.json have 3 dimensions, counted from 0"),
+    ([1], "--keep_dimensions 1: its values in .* go from .* only what lies in -1 to 1 can stay as it is")])
+def test_a_dimension_that_can_not_be_kept_is_named(keep, said, tmp_path):
+    policy, data = policy_and_data(tmp_path, episodes())
+    with pytest.raises(UserError, match=said):
+        policy.learn_units(data, keep)
+
+
+@pytest.mark.parametrize("images, said", [
+    (["a.png"] * 2, "a step has 1 or 2 pictures, but must always have the same number"),
+    ([], "must have a file name, or a list of them, under 'image'")])
+def test_steps_of_different_numbers_of_pictures_are_refused(images, said, tmp_path):
+    rows = episodes()
+    rows[1]["steps"][0]["image"] = images
+    with pytest.raises(UserError, match=said):
+        policy_and_data(tmp_path, rows)
+
+
+def test_a_policy_does_not_act_on_another_number_of_pictures(tmp_path):
+    policy, _ = policy_and_data(tmp_path, episodes())
+    policy = ActionTokens.load(json.loads(json.dumps(policy.saved())))
+    policy.check_pictures({1})
+    for found in ({0}, {3}, {1, 2}):
+        with pytest.raises(UserError, match="but must always have 1"):
+            policy.check_pictures(found)
+    with pytest.raises(UserError, match="a step has 0 pictures"):
+        ActionTokens(1000, UNIT).check_pictures({0})        # of a checkpoint that does not know the number

@@ -180,7 +180,8 @@ CHANGED = {     # what was done to step 2 of a run -> what is said of it
     "a state that is a list": (lambda run: (run / "step-00000002" / "state.json").write_text("[]"),
                                "state.json: TypeError"),
     "a pipe": (lambda run: ((run / "step-00000002" / "state.json").unlink(),
-                            os.mkfifo(run / "step-00000002" / "state.json")), "state.json: it is missing, or no"),
+                            os.mkfifo(run / "step-00000002" / "state.json")),
+               "state.json: it is missing, or no file"),
 }
 
 
@@ -201,7 +202,7 @@ def test_what_can_not_be_read_now_stops_the_start_and_nothing_is_touched(tmp_pat
 
     save(tmp_path, 1)
     before = sorted(tmp_path.rglob("*"))
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="can't be read now .*Nothing was change"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="can't be read now .*Nothing was"):
         patch.setattr(Path, "read_text", stutter)
         checkpoint.newest(tmp_path, aside=True)
     assert sorted(tmp_path.rglob("*")) == before and checkpoint.newest(tmp_path).name == "step-00000001"
@@ -250,7 +251,8 @@ def test_what_is_in_the_way_of_a_checkpoint_is_set_aside(tmp_path):
     assert (tmp_path / "set-aside-step-00000003").read_text() == "a file"
 
 
-@pytest.mark.parametrize("junk", ["\n", "garbage\n", '{"step": 2', "[]\n", '{"step": "x"}\n', "\x00\xff\n", "7\n"])
+@pytest.mark.parametrize("junk", [
+    "\n", "garbage\n", '{"step": 2', "[]\n", '{"step": "x"}\n', "\x00\xff\n", "7\n"])
 def test_lines_of_metrics_that_are_none_do_not_stop_a_run(junk, tmp_path):
     file, good = tmp_path / "metrics.jsonl", '{"step": 1}\n'
     file.write_text(good + junk + '{"step": 2}\n{"step": 9}\n' if junk.endswith("\n") else good + junk)

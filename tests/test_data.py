@@ -224,8 +224,8 @@ def wrong(place, value, n=7):
     return rows
 
 
-WRONG_CACHES = [np.zeros((7, 4), np.int64), np.zeros((0, 5), np.int64), np.zeros((7, 5)), np.zeros(7, np.int64),
-                np.zeros((7, 5, 1), np.int64), wrong((3, 1), 10 ** 9), wrong((3, 0), 0), np.array([["a"] * 5])]
+WRONG_CACHES = [*(np.zeros(shape, np.int64) for shape in ((7, 4), (0, 5), 7, (7, 5, 1))), np.zeros((7, 5)),
+                np.array([["a"] * 5]), wrong((3, 1), 10 ** 9), wrong((3, 0), 0)]
 
 
 def test_a_broken_file_of_lengths_is_made_again(tmp_path):

@@ -182,8 +182,8 @@ def test_a_control_token_in_what_somebody_wrote_is_text(kind, captions, tmp_path
     picture(tmp_path / "a.png")
     lang = language(kind, "chatml" if kind in ("qwen", "smollm") else "plain")
     end = lang.tokenizer.eos_token
-    forged = f"a {end} b"
-    rows = [{"image": "a.png", "conversations": talk(f"<image>{forged}", f"c {end} d", f"{end}", f"{end}{end}")}]
+    turns = talk(f"<image>a {end} b", f"c {end} d", f"{end}", f"{end}{end}")
+    rows = [{"image": "a.png", "conversations": turns}]
     data = dataset(tmp_path, rows, lang, captions=captions)
     input_ids, labels = data.tokens(rows[0])
     honest = dataset(tmp_path, [{"image": "a.png", "conversations": talk("<image>a", "c", "b", "d")}], lang,

@@ -56,7 +56,8 @@ ROWS = [{"id": "1", "image": "a.png", "conversations": talk("<image>\nWhat is it
         {"id": 2, "conversations": talk("How many?", "Two.", "naïve 猫?", "Yes.")},
         {"image": ["a.png", "a.png"], "type": "two", "conversations": talk("<image><image> Same?", "Yes.")}]
 JSON_WORDS = [b"null", b"[", b"]", b"{", b"}", b'"', b",", b":", b"1e999", b"-1", b"NaN", b"true", b"\\ud800",
-              b"\x00", b"\xff", b"<image>", b"..", b"/", b'"steps"', b"[" * 2000, b"9" * 5000, b"<|endoftext|>"]
+              b"\x00", b"\xff", b"<image>", b"..", b"/", b'"steps"', b"[" * 2000, b"9" * 5000,
+              b"<|endoftext|>"]
 
 
 def test_a_file_of_examples(tries, tmp_path):
@@ -133,8 +134,9 @@ def test_the_cache_of_lengths(tries, tmp_path):
         assert opened(tmp_path / "d.json", lang).lengths()[0].tolist() == want, i
 
 
-VALUES = ["", "0", "1", "-1", "7", "nan", "inf", "1e999", "1e-9", "99999999999999999999", "a", "toy", "align", "vla",
-          "finetune", "../x", "/", "a,b", "3,1", "\ud800", "\x1b[31m", "x" * 5000, "True", "llm", "projector,llm"]
+VALUES = ["", "0", "1", "-1", "7", "nan", "inf", "1e999", "1e-9", "99999999999999999999", "a", "toy", "align",
+          "vla", "finetune", "../x", "/", "a,b", "3,1", "\ud800", "\x1b[31m", "x" * 5000, "True", "llm",
+          "projector,llm"]
 
 
 def test_flags(tries, tmp_path, capsys, monkeypatch):

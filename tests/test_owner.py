@@ -125,7 +125,7 @@ def test_a_link_to_a_run_is_continued_but_not_overwritten(tmp_path):
     assert start(tmp_path, **flags).exists()
 
 
-WRONG = {   # flags of a start that can't begin -> what is said. All of it comes before the old run is touched.
+WRONG = {   # flags of a start that can't begin -> what is said, before the old run is touched
     "no such data": (["--train_json", "nowhere.json"], "nowhere.json does not exist"),
     "no such pictures": (["--image_dir", "nowhere"], "does not exist. Paths are relative to --image_dir"),
     "no such language model": (["--llm_backbone", "nowhere"], "--llm_backbone nowhere"),
@@ -133,7 +133,7 @@ WRONG = {   # flags of a start that can't begin -> what is said. All of it comes
     "a batch that can't be cut": (["--global_batch_size", "9"], "can't be cut into micro-batches"),
     "examples longer than the model knows": (["--max_length", "100000", "--train_json", "LONG"],
                                              "but the language model knows"),
-    "text for the projector alone": (["--trains", "projector"], "a text-only example can train only the lang"),
+    "text for the projector alone": (["--trains", "projector"], "a text-only example can train only the"),
 }
 
 
@@ -153,9 +153,9 @@ def small_run(tmp_path_factory):
 def command(folder, root, *flags):
     world = folder / "world"
     return [sys.executable, str(ROOT / "train.py"), "--stage", "finetune", "--no_align", "--train_json",
-            str(world / "finetune.json"), "--image_dir", str(world / "images"), "--val_json", "", "--run_root",
-            str(root), "--run_id", "r", "--global_batch_size", "8", "--per_device_batch_size", "4",
-            "--num_workers", "0", "--max_steps", "2", *flags]
+            str(world / "finetune.json"), "--image_dir", str(world / "images"), "--val_json", "",
+            "--run_root", str(root), "--run_id", "r", "--global_batch_size", "8",
+            "--per_device_batch_size", "4", "--num_workers", "0", "--max_steps", "2", *flags]
 
 
 @pytest.mark.parametrize("kind", WRONG)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -376,6 +376,56 @@ def test_the_traceback_of_a_bug_lies_in_the_file_that_is_named():
     file = Path(sentence.rsplit(" ", 1)[1])
     assert 'raise RuntimeError("cosmic ray")' in file.read_text()
     file.unlink()
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    cfg = SimpleNamespace(learning_rate=2.0, warmup_ratio=0.03, schedule="cosine")
+    rates = [train.learning_rate(step, 102, cfg) for step in range(103)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])        # 3 % of 102 steps: 4, rounded up
+    assert rates[53] == pytest.approx(1.0)                              # half-way between step 4 and step 102
+    assert rates[102] == pytest.approx(0.0) and rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    cfg.schedule = "constant"
+    assert [train.learning_rate(step, 102, cfg) for step in (3, 50, 101)] == [2.0] * 3
+    cfg.warmup_ratio = 0
+    assert train.learning_rate(0, 102, cfg) == 2.0
+
+
+def test_gradients_are_sent_once_a_step():
+    """no_sync around all micro-batches but the last. Without it the result is the same, but each is sent."""
+    class Model(torch.nn.Linear):
+        quiet, calls = False, []
+
+        @contextmanager
+        def no_sync(self):
+            self.quiet = True
+            yield
+            self.quiet = False
+
+        def forward(self, input_ids, labels, pixel_values):
+            self.calls.append(self.quiet)
+            return super().forward(torch.ones(1, 1)).sum(), torch.zeros(1)
+
+    batch = {"input_ids": torch.zeros(1, 2), "labels": torch.zeros(1, 2), "pixel_values": [], "ids": ["a"]}
+    model, cfg = Model(1, 1), SimpleNamespace(precision="fp32", max_grad_norm=1.0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        train.train_step(model, torch.optim.SGD(model.parameters(), 0.1), [batch] * 3, 3, 1, cfg,
+                         torch.device("cpu"), lambda *_: torch.zeros(1).double())
+    finally:
+        dist.destroy_process_group()
+    assert model.calls == [True, True, False]
+
+
+def test_each_rank_drops_other_activations(world, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = config.Config(stage="finetune", no_align=True, train_json="a", image_dir="b", seed=7)
+    sampler = SimpleNamespace(lengths=torch.tensor([9]), has_image=torch.tensor([True]))
+    seeds = []
+    for rank in (0, 1, 5):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        train.load_model(cfg, None, sampler)
+        seeds.append(torch.initial_seed())
+    assert seeds == [7, 8, 12]
 
 
 def test_python_train_py_is_a_world_of_one(world, tmp_path):
