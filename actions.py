@@ -17,7 +17,6 @@ from PIL import Image, ImageEnhance
 
 from config import BadExample, UserError
 from data import Conversations
-from images import crop
 from prompts import IGNORE
 
 BINS = 256
@@ -74,7 +73,10 @@ class ActionTokens:
                 raise UserError(f"--keep_dimensions {d}: its values in {data.path} go from "
                                 f"{actions[:, d].min():g} to {actions[:, d].max():g}; "
                                 "only what lies in -1 to 1 can stay as it is")
-        self.statistics[data.name] = compute_statistics(actions, episodes, keep)
+        learned = compute_statistics(actions, episodes, keep)
+        if self.statistics.setdefault(data.name, learned) != learned:
+            raise UserError(f"{data.path}: another file is called {data.name!r}, too, but has other actions. "
+                            "Rename one of them, or its folder")
         self.check_pictures(data.pictures_of_a_step())
         self.pictures, = data.pictures_of_a_step()
         if len({len(of["action"]["q01"]) for of in self.statistics.values()}) > 1:
@@ -107,7 +109,19 @@ class ActionTokens:
 
     @classmethod
     def load(cls, saved):
-        return cls(saved["end"], saved["statistics"], saved.get("pictures"))
+        """Raises UserError where it is not what `saved` gives."""
+        try:
+            policy = cls(saved["end"], saved["statistics"], saved.get("pictures"))
+            for key in policy.statistics:
+                low, high, mask = policy._range(key)
+                assert low.shape == high.shape == mask.shape == (policy.dimensions,) and mask.dtype == bool
+                assert np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all()
+            assert BINS <= policy.end <= 10 ** 7 and 1 <= policy.dimensions <= 1000
+            assert policy.pictures is None or 1 <= policy.pictures <= 100
+            return policy
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, StopIteration) as e:
+            raise UserError("the checkpoint's state.json holds no actions that can be used "
+                            f"({type(e).__name__}: {e})") from e
 
     @torch.no_grad()
     def fresh_rows(self, llm, seed):
@@ -228,6 +242,14 @@ class Episodes(Conversations):
     def reply(self, row):
         return self.policy.encode(row["action"], self.name).tolist()
 
+    def check(self):
+        """Held-out episodes: whether the policy can act on them. Raises UserError."""
+        dimensions = self.policy.dimensions
+        if self.actions().shape[1] != dimensions:
+            raise UserError(f"{self.path}: its actions have {self.actions().shape[1]} dimensions, "
+                            f"those of the policy {dimensions}")
+        self.policy.check_pictures(self.pictures_of_a_step())
+
     def pictures_of_a_step(self):
         """The set of how many pictures the steps have. One number, in a file that can be learned from."""
         return {1 if isinstance(step["image"], str) else len(step["image"])
@@ -250,6 +272,20 @@ class Episodes(Conversations):
                                     f"found {str(action)[:60]}")
                 actions.append(action)
         return np.array(actions, np.float64)
+
+
+AREA = 0.9                                                  # share of a picture that a crop keeps, as OpenVLA
+
+
+def crop(image, x, y):
+    """A crop of AREA, cut at (x, y), both in 0..1: (0, 0) is the top left corner, (0.5, 0.5) the center."""
+    width, height = (round(side * AREA ** 0.5) for side in image.size)
+    left, top = round((image.width - width) * x), round((image.height - height) * y)
+    return image.crop((left, top, left + width, top + height))
+
+
+def center(image):
+    return crop(image, 0.5, 0.5)
 
 
 def distort(image, rng):

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from config import PRESETS, BadExample, Config, UserError, knob, parse
+from config import PRESETS, BadExample, Config, UserError, check_limits, knob, parse, printable
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class CheckConfig:
     def __post_init__(self):
         if not self.file:
             raise UserError("which file? python check.py FILE --image_dir DIR")
+        check_limits(self, {"max_length": (1, 10 ** 7), "show_errors": (0, 10 ** 6)})
         if self.preset not in PRESETS:
             raise UserError(f"--preset {self.preset}: there is none of this name. "
                             f"Choose from {', '.join(PRESETS)}")
@@ -44,9 +45,11 @@ if __name__ == "__main__":
 
 import numpy as np
 from tqdm import tqdm
+from transformers import AutoConfig
 
 import ranks
 from data import Conversations
+from model import load
 from images import Pictures, load_image_transforms
 from prompts import IGNORE, load_language, show
 
@@ -64,6 +67,11 @@ def open_file(cfg):
     policy.learn_units(data)
     print(json.dumps(policy.statistics, indent=1))
     return data
+
+
+def known_positions(llm_backbone):
+    config = load(AutoConfig, llm_backbone, "--llm_backbone").get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def check(cfg):
@@ -94,8 +102,12 @@ def check(cfg):
         print(f"positions: shortest {low}, median {middle}, longest {high}; "
               f"{data.pictures.patches} per picture; "
               f"{supervised / len(lengths):.1f} supervised per example; prompt {data.language.name}")
+        known = known_positions(cfg.backbone("llm_backbone"))
+        if known and high > known:
+            errors.append("too long")
+            print(f"wrong: the language model knows {known} positions only. Set --max_length {known}")
     for sample in samples:
-        print("sample:", sample)
+        print("sample:", printable(sample))
     return len(errors)
 
 

@@ -53,8 +53,13 @@ def damage(step_folder, thorough=True):
             if not (folder / name).is_file():
                 return f"{name}: it is missing, or no file"
         state = json.loads((folder / name).read_text())     # the last of FILES
-        if state["step"] != int(folder.name[5:]) or not set(state["parts"]) <= {"vision", "projector", "llm"}:
+        if state["step"] != int(folder.name[5:]):
             return f"{name}: it tells of step {state['step']}, so it belongs to another folder"
+        start = started(folder.parent)
+        if start and (state.get("started") != start or "files" not in state):
+            return f"{name}: it belongs to another run"
+        if not state["parts"] or not set(state["parts"]) <= {"vision", "projector", "llm"}:
+            return f"{name}: its parts are {state['parts']}"
         for name in FILES[:2]:
             with open(folder / name, "rb") as file:         # a read error here is not taken for damage
                 told = state.get("files", {}).get(name)     # a folder of an older version does not tell
@@ -68,6 +73,12 @@ def damage(step_folder, thorough=True):
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return f"{name}: {type(e).__name__}: {e}"
     return ""
+
+
+def started(run):
+    """The name of a run's first start, from its config.json; None for a run of an older version."""
+    file = run / "config.json"
+    return json.loads(file.read_text()).get("started") if file.is_file() else None
 
 
 def tensors_in(file):
@@ -100,7 +111,7 @@ def newest(run, aside=False):
 
 def find(ckpt):
     """A step folder, or the newest whole one of a run folder."""
-    folder = Path(ckpt)
+    folder = Path(ckpt).resolve()
     if folder.name.startswith("step-"):
         problem = damage(folder)
         if problem:
@@ -114,9 +125,8 @@ def find(ckpt):
 
 
 def together(choose):
-    """Rank zero chooses a step folder and tells the others. If each rank looked for itself, ranks that see
-    the disk differently (folders of each machine, a cached list of names) would go on from different steps.
-    """
+    """Rank zero chooses a step folder and tells the others. If each looked for itself, ranks that see the
+    disk differently (each machine has its own, a cached list) would go on from different steps."""
     folder = ranks.tell(choose() if dist.get_rank() == 0 else None)
     if folder and not all((folder / name).is_file() for name in FILES):
         raise UserError(f"rank {dist.get_rank()} on {socket.gethostname()} does not see {folder}, which rank "
@@ -137,9 +147,12 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
         flush(run / "metrics.jsonl")                        # a power cut must not take its lines
     final, unfinished = run / f"step-{step:08d}", run / f"unfinished-{step:08d}"
     for left_over in run.glob("unfinished-*"):              # by a run that was killed while it saved
-        delete_step(left_over)
+        if re.fullmatch(r"unfinished-\d{8,}(-\d+)?", left_over.name):
+            delete_step(left_over)
     try:
-        unfinished.mkdir(parents=True)
+        if os.path.lexists(unfinished):                     # it was not ours
+            set_aside(unfinished)
+        unfinished.mkdir()              # without parents: a run folder that was moved away is not made anew
         files = {}
         for name, tensors in zip(FILES, (model_tensors, optimizer_tensors)):
             save_file(tensors, unfinished / name)
@@ -147,7 +160,8 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
             with open(unfinished / name, "rb") as file:
                 files[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(),
                                "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()}}
-        write_text(unfinished / FILES[2], json.dumps({"step": step, **state, "files": files}, indent=1))
+        state = {"step": step, **state, "started": started(run), "files": files}
+        write_text(unfinished / FILES[2], json.dumps(state, indent=1))
         flush(unfinished)
         if os.path.lexists(final):                          # not ours: a step is saved once
             set_aside(final)
@@ -289,7 +303,7 @@ def load_weights(model, step_folder):
              + [f"{name} is of type {tensor.dtype}" for name, tensor in saved.items()
                 if not tensor.is_floating_point()]
              + [f"{name} holds values that are not finite" for name, tensor in saved.items()
-                if tensor.is_floating_point() and not tensor.isfinite().all()])
+                if tensor.is_floating_point() and not tensor.float().isfinite().all()])
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"{file} is the checkpoint of another model: {shown}. "

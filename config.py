@@ -5,18 +5,14 @@ first: the field's default, the preset, the preset's stage, the checkpoint of --
 model), the command line. No torch here, so `--help` is instant.
 """
 import argparse
-import functools
 import json
 import os
 import re
-import socket
 import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 # Two defaults for libraries that read them when torch is imported. Every command imports this file before;
 # a value that the user has set wins.
@@ -26,6 +22,10 @@ from urllib.request import getproxies
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Without this, DDP warns in each run that the first batch used all weights. That is no mistake here.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+if hasattr(sys.stdout, "reconfigure"):                      # a terminal without umlauts is no reason to fail
+    sys.stdout.reconfigure(errors="backslashreplace")
+interrupted, sys.excepthook = sys.excepthook, lambda kind, *rest: (     # Ctrl-C while torch is imported
+    os._exit(130) if kind is KeyboardInterrupt else interrupted(kind, *rest))
 
 
 class UserError(ValueError):
@@ -53,27 +53,6 @@ def last_words(text):
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
-
-
-def loading_options(name):
-    """How transformers may load `name`, a folder or a hub id: without running its code, and with the network
-    only for a hub id, if the hub can be reached. Raises UserError where a folder holds a named pipe."""
-    folder = Path(name)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.is_file() and not path.is_dir():        # opening it would wait for ever
-            raise UserError(f"{path} is neither a file nor a folder")
-    return {"trust_remote_code": False, "local_files_only": folder.exists() or not hub_is_there()}
-
-
-@functools.cache
-def hub_is_there():
-    """transformers would try for a minute to find this out. Behind a proxy only it can."""
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        getproxies().get("https") or socket.create_connection((host, 443), timeout=5).close()
-        return True
-    except OSError:
-        return False
 
 
 def knob(default, meaning, unit=""):
@@ -156,6 +135,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = knob("auto", "autocast; auto = bf16 on a GPU, fp32 on a CPU")
 
     def __post_init__(self):
+        check_types(self)
         if self.stage == "finetune" and not self.ckpt and not self.no_align:
             raise UserError("--stage finetune starts from an aligned projector: "
                             "give --ckpt runs/<align run>, or --no_align for a fresh projector")
@@ -166,17 +146,17 @@ class Config:
                             "joined by commas")
         times = self.mixture.split(",") if self.mixture else []
         if times and (len(times) != len(self.train_json.split(","))
-                      or not all(t.isdigit() and int(t) for t in times)):
-            raise UserError(f"--mixture {self.mixture}: give one whole number from 1 on "
+                      or not all(re.fullmatch("[1-9][0-9]{0,3}", t) for t in times)):
+            raise UserError(f"--mixture {self.mixture}: give one whole number from 1 to 9999 "
                             "for each file of --train_json")
-        if not all(d.isdigit() for d in self.kept_dimensions):
+        if not all(re.fullmatch("[0-9]{1,4}", d) for d in self.kept_dimensions):
             raise UserError(f"--keep_dimensions {self.keep_dimensions}: give numbers joined by commas, "
                             "counted from 0")
         if self.ckpt and self.no_align:
             raise UserError("--ckpt and --no_align exclude each other: "
                             "start from a checkpoint, or from a fresh projector")
-        for name in ("train_json", "image_dir"):
-            if not getattr(self, name):
+        for name in ("train_json", "image_dir", "run_root"):
+            if not all(getattr(self, name).split(",")):
                 raise UserError(f"--{name} is missing: preset {self.preset!r} brings no data of its own")
         check_limits(self, LIMITS)
         if self.run_id and not re.fullmatch(r"(?!step-|unfinished-|set-aside-)\w[\w.+-]{0,99}", self.run_id):
@@ -202,6 +182,15 @@ LIMITS = {"global_batch_size": (1, 10 ** 6), "per_device_batch_size": (1, 10 ** 
           "max_steps": (0, 10 ** 9), "num_workers": (0, 1000), "length_window": (0, 10 ** 6),
           "seed": (0, 2 ** 32 - 1), "profile": (0, 1000), "learning_rate": (0, 1e30),
           "weight_decay": (0, 1e3), "warmup_ratio": (0, 1), "max_grad_norm": (1e-30, 1e30)}
+
+
+def check_types(cfg):
+    """argparse has done this for flags; a config.json can hold anything."""
+    for name, kind in get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        if value not in get_args(kind) if get_origin(kind) is Literal else (
+                type(value) is not kind and (kind, type(value)) != (float, int)):
+            raise UserError(f"--{name} can't be {value!r}")
 
 
 def check_limits(cfg, limits):
@@ -239,13 +228,9 @@ PRESETS = {
                 "image_dir": "data/toy_robot/images", "prepare": "toy/robot.py",
                 "trains": "projector,llm", "epochs": 4, "learning_rate": 5e-4, "weight_decay": 0.01,
                 "length_window": 0}},
-    "single-gpu": {
-        "": {"vision_backbone": "google/siglip-base-patch16-224",
-             "llm_backbone": "HuggingFaceTB/SmolLM2-360M-Instruct"},
-        "align": _PUBLISHED["align"],
-        "finetune": _PUBLISHED["finetune"],
-        "full-finetune": _PUBLISHED["full-finetune"],
-        "vla": _PUBLISHED["vla"]},
+    "single-gpu": {**_PUBLISHED, "": {
+        "vision_backbone": "google/siglip-base-patch16-224",
+        "llm_backbone": "HuggingFaceTB/SmolLM2-360M-Instruct"}},
     "llava-v1.5-7b": {
         "": {"vision_backbone": "openai/clip-vit-large-patch14-336", "llm_backbone": "lmsys/vicuna-7b-v1.5",
              "image_resize": "letterbox", "gradient_checkpointing": True},
@@ -253,22 +238,19 @@ PRESETS = {
         "finetune": {**_PUBLISHED["finetune"], "weight_decay": 0.0},
         "full-finetune": {**_PUBLISHED["full-finetune"], "weight_decay": 0.0},
         "vla": _PUBLISHED["vla"]},
-    "prism-dinosiglip-7b": {
-        "": {"vision_backbone": "facebook/dinov2-with-registers-large,google/siglip-so400m-patch14-224",
-             "llm_backbone": "meta-llama/Llama-2-7b-hf", "projector": "fused-gelu-mlp", "prompt": "plain",
-             "gradient_checkpointing": True},
-        "align": _PUBLISHED["align"],
-        "finetune": _PUBLISHED["finetune"],
-        "full-finetune": _PUBLISHED["full-finetune"],
-        "vla": _PUBLISHED["vla"]},
+    "prism-dinosiglip-7b": {**_PUBLISHED, "": {
+        "vision_backbone": "facebook/dinov2-with-registers-large,google/siglip-so400m-patch14-224",
+        "llm_backbone": "meta-llama/Llama-2-7b-hf", "projector": "fused-gelu-mlp", "prompt": "plain",
+        "gradient_checkpointing": True}},
 }
 
 
 def run_config_file(ckpt):
     """config.json of a run folder, or of the run that a step folder lies in."""
     folder = Path(ckpt)
-    file = folder / "config.json" if (folder / "config.json").exists() else folder.parent / "config.json"
-    if not file.exists():
+    file = next((path / "config.json" for path in (folder, folder.parent)
+                 if os.path.isfile(path / "config.json")), None)
+    if file is None:
         raise UserError(f"--ckpt {ckpt}: neither a run folder nor a step folder, there is no config.json. "
                         "Give a folder that train.py wrote, such as runs/toy-align-x7")
     return file
@@ -343,7 +325,7 @@ def config_defaults(argv):
         saved = read_config(known.ckpt)
         inherited = {name: getattr(saved, name) for name in MODEL_FIELDS}
     preset = known.preset or inherited.get("preset", "toy")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"--preset {preset}: there is none of this name. Choose from {', '.join(PRESETS)}")
     if inherited.get("preset", preset) != preset:
         raise UserError(f"--preset {preset}: the checkpoint {known.ckpt} was made with "

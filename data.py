@@ -259,8 +259,8 @@ class Conversations(torch.utils.data.Dataset):
     def _read_cache(self):
         file = self._cache_file()
         try:
-            # Mapped, so all ranks and workers share its memory. The last row is a checksum of the others.
-            rows = np.load(file, mmap_mode="r", allow_pickle=False) if file.is_file() else None
+            # One array, so forked workers share its memory. The last row is a checksum of the others.
+            rows = np.load(file, allow_pickle=False) if file.is_file() else None
             if rows.shape[1:] == (5,) and rows.dtype == np.int64 and zlib.crc32(rows[:-1]) == rows[-1, 4]:
                 return rows[:-1]
         except Exception:                                   # of the many kinds that numpy raises

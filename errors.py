@@ -3,6 +3,7 @@
 What the user can mend is named, with what to do. Anything else is a bug; its traceback goes into a file.
 """
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -85,13 +87,20 @@ def end_with(error):
     return 1
 
 
-def check_writable(path):
-    """A file that will be written after long work is tried out before it. Raises UserError."""
+def check_writable(path, sources=()):
+    """A JSON file that will be written after long work is tried out before it. Raises UserError, also if
+    it is one of the `sources`, or no scores at all: nobody wants to lose weights to a slip of the hand."""
+    if path.suffix != ".json":
+        raise UserError(f"--out {path}: give a name that ends with .json")
+    if any(path.resolve() == Path(source).resolve() for source in sources):
+        raise UserError(f"--out {path} is also what is read. Choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise OSError("it is a link, or no file")
+        if path.exists() and not {"accuracy", "l1", "unseen layouts"} & json.loads(path.read_text()).keys():
+            raise OSError("it exists and holds no scores")
         path.with_name(f".{path.name}.tried").touch()
         path.with_name(f".{path.name}.tried").unlink()
-    except OSError as e:
+    except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"{path} can't be written ({e}). Choose another name with --out") from e

@@ -22,7 +22,8 @@ class EvaluateConfig:
     json: str = knob("", "examples with answers: LLaVA JSON or JSON lines")
     image_dir: str = knob("", "folder that the pictures' paths start from")
     out: str = knob(
-        "", "where the scores go; empty = scores.json in the run folder. samples.png is drawn beside it")
+        "", "where the scores go; empty = scores.json in the run folder. A picture of the same name is drawn "
+        "beside it")
     batch_size: int = knob(50, "examples answered at once")
     max_new_tokens: int = knob(64, "longest answer", "tokens")
     max_examples: int = knob(0, "score only the first so many; 0 = all")
@@ -47,6 +48,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import ranks
+from checkpoint import unused_name, write_text
 from errors import check_writable
 from generate import Assistant
 from images import read_image
@@ -162,52 +164,69 @@ def open_loop(assistant, data, cfg):
     """Mean |error| of the policy's actions on recorded steps, per dimension, beside two policies that do not
     look: always the mean action of the training data; always what was done one step before."""
     wanted, key = data.actions()[:cfg.max_examples or None], assistant.policy.key(cfg.unnorm_key)
-    if wanted.shape[1] != assistant.policy.dimensions:
-        raise UserError(f"{cfg.json}: its actions have {wanted.shape[1]} dimensions, those of the policy "
-                        f"{assistant.policy.dimensions}")
-    assistant.policy.check_pictures(data.pictures_of_a_step())
-    got = []
+    data.check()
+    got, unread = np.full_like(wanted, np.nan), []          # (n, A); nan where a picture can't be read
     for start in tqdm(range(0, len(wanted), cfg.batch_size), desc="scoring", disable=None):
-        examples = [data.question(i) for i in range(start, min(start + cfg.batch_size, len(wanted)))]
-        for example in examples:
-            if isinstance(example, BadExample):
-                raise example
+        batch = [(i, data.question(i)) for i in range(start, min(start + cfg.batch_size, len(wanted)))]
+        unread += [example for _, example in batch if isinstance(example, BadExample)]
+        batch = [(i, example) for i, example in batch if not isinstance(example, BadExample)]
         if cfg.blank_images:
-            examples = [blank(example, assistant.transforms) for example in examples]
-        got.append(assistant.act_on(examples, key))
+            batch = [(i, blank(example, assistant.transforms)) for i, example in batch]
+        if batch:
+            got[[i for i, _ in batch]] = assistant.act_on([example for _, example in batch], key)
     mean = np.broadcast_to(assistant.policy.statistics[key]["action"]["mean"], wanted.shape)
     first = data.first_steps()[:len(wanted), None]
     before = np.where(first, mean, np.roll(wanted, 1, axis=0))
-    errors = {name: np.abs(guess - wanted).mean(0).tolist() for name, guess in
-              (("policy", np.concatenate(got)), ("mean action", mean), ("action before", before))}
+    read = ~np.isnan(got).any(1)
+    if not read.any():
+        return {"count": 0}, unread
+    errors = {name: np.abs(guess - wanted)[read].mean(0).tolist() for name, guess in
+              (("policy", got), ("mean action", mean), ("action before", before))}
     print("mean |error| in physical units, for each dimension and over all")
     for name, error in errors.items():
         print(f"{name:<16}", " ".join(f"{e:8.4f}" for e in error), f"| {np.mean(error):8.4f}")
-    return {"l1": errors, "count": len(wanted)}
+    return {"l1": errors, "count": int(read.sum())}, unread
 
 
 def write_scores(scores, out):
-    out.write_text(json.dumps(scores, indent=1))
+    write_text(out, json.dumps(scores, indent=1))
     print(f"scores   {out}")
+
+
+def draw(results, data, path, cfg):
+    if path.exists() and not is_png(path):
+        print(f"{path} is no picture, so no sheet is drawn over it")
+        return
+    unfinished = unused_name(path.with_name(f"{path.stem}.unfinished.png"))
+    contact_sheet(results, data, unfinished, blank_images=cfg.blank_images)
+    unfinished.replace(path)
+    print(f"pictures {path}")
+
+
+def is_png(path):
+    return path.is_file() and not path.is_symlink() and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def main(cfg):
     assistant = Assistant(cfg.ckpt)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
-    check_writable(out)
+    check_writable(out, [cfg.json])
     data = assistant.dataset(cfg.json, cfg.image_dir)
     if assistant.policy:
-        return write_scores(open_loop(assistant, data, cfg), out)
-    so_far = out.with_name(f"{out.stem}.unfinished.jsonl")
-    with open(so_far, "w") as answers:
-        results, unread = score(assistant, data, cfg, answers)
-    if results:
-        scores = summary(results)
-        print_table(scores)
-        write_scores(scores | {"answers": results}, out)
+        scores, unread = open_loop(assistant, data, cfg)
+        results = scores["count"]
+        if results:
+            write_scores(scores, out)
+    else:
+        so_far = unused_name(out.with_name(f"{out.stem}.unfinished.jsonl"))
+        with open(so_far, "x") as answers:
+            results, unread = score(assistant, data, cfg, answers)
+        if results:
+            scores = summary(results)
+            print_table(scores)
+            write_scores(scores | {"answers": results}, out)
+            draw(results, data, out.with_name(f"{out.stem}.png"), cfg)
         so_far.unlink()
-        contact_sheet(results, data, out.with_name("samples.png"), blank_images=cfg.blank_images)
-        print(f"pictures {out.with_name('samples.png')}")
     if unread or not results:
         raise UserError(f"{cfg.json}: {len(unread)} examples could not be scored and were left out"
                         f"{f', first: {unread[0]}' if unread else '; there was nothing to score'}")

@@ -51,8 +51,11 @@ class Assistant:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # An aligned model has only learned to caption: no question stood before its captions.
         self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt, self.cfg.stage == "align")
-        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize,
-                                                self.cfg.augment)
+        before = None
+        if self.cfg.augment:                                # it has never seen a whole picture, see `distort`
+            import actions
+            before = actions.center
+        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize, before)
         folder = checkpoint.find(ckpt)
         self.policy, saved = None, checkpoint.read_state(folder).get("actions")
         if saved:

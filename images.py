@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from transformers import AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from config import BadExample, UserError, loading_options, printable
+from config import BadExample, UserError, printable
 
 
 class Pictures:
@@ -76,7 +76,7 @@ def read_image(path):
             raise IsADirectoryError("this is no file")
         with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode in ("F", "I"):        # what value is white, only its maker knows
+            if image.mode == "F" or (image.mode == "I" and file.format != "PPM"):   # what value is white?
                 raise ValueError("its pixels have 32 bits; save it with 8 or 16")
             if image.mode.startswith("I"):      # 16 bit: `convert` would clip everything above 255 to white
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
@@ -96,20 +96,22 @@ class ImageTransform:
     """A picture -> (3, size, size) float tensor for one backbone, by that backbone's own preprocessor file.
 
     resize: resize-naive squashes to a square; resize-crop cuts the longer side; letterbox pads with the
-    mean color. `patches` is the number of patches that the backbone makes of it. center_crop: see `distort`.
+    mean color. before: done to a picture first. `patches`: how many the backbone makes of it.
     """
 
-    def __init__(self, size, patch_size, mean, std, resample=3, resize="resize-naive", center_crop=False):
-        self.center_crop = center_crop
+    def __init__(self, size, patch_size, mean, std, resample=3, resize="resize-naive", before=None):
+        self.before = before
         self.size, self.resize, self.resample = size, resize, Image.Resampling(resample)
         self.patches = (size // patch_size) ** 2
         self.fill = tuple(round(255 * value) for value in mean)
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
+        if not (1 <= patch_size <= size <= 10 ** 4 and len(mean) == len(std) == 3 and min(std) > 0):
+            raise ValueError(f"size {size}, patch size {patch_size}, mean {mean}, std {std}")
 
     def __call__(self, image):
         square = (self.size, self.size)
-        if self.center_crop:
-            image = crop(image, 0.5, 0.5)
+        if self.before:
+            image = self.before(image)
         if self.resize == "resize-crop":
             image = ImageOps.fit(image, square, self.resample)
         elif self.resize == "letterbox":
@@ -120,8 +122,9 @@ class ImageTransform:
         return (pixels.float() / 255 - self.mean) / self.std
 
 
-def load_image_transforms(names, resize, center_crop=False):
+def load_image_transforms(names, resize, before=None):
     """One ImageTransform for each backbone of a comma-separated list."""
+    from foreign import loading_options
     transforms = []
     for name in names.split(","):
         try:
@@ -134,7 +137,7 @@ def load_image_transforms(names, resize, center_crop=False):
                 size = size.get("height") or size["shortest_edge"]
             transforms.append(ImageTransform(
                 size, config.patch_size, settings["image_mean"], settings["image_std"],
-                settings.get("resample", 3), resize, center_crop))
+                settings.get("resample", 3), resize, before))
         except Exception as e:                          # also what is missing in them: KeyError 'image_mean'
             raise UserError(f"--vision_backbone {name}: config.json and preprocessor_config.json can't be "
                             f"loaded from it ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
@@ -143,13 +146,3 @@ def load_image_transforms(names, resize, center_crop=False):
         raise UserError("--vision_backbone: joined backbones must make the same number of patches, "
                         f"but {found}. Choose versions whose (picture size / patch size) agree")
     return transforms
-
-
-AREA = 0.9                                                  # share of a picture that a crop keeps, as OpenVLA
-
-
-def crop(image, x, y):
-    """A crop of AREA, cut at (x, y), both in 0..1: (0, 0) is the top left corner, (0.5, 0.5) the center."""
-    width, height = (round(side * AREA ** 0.5) for side in image.size)
-    left, top = round((image.width - width) * x), round((image.height - height) * y)
-    return image.crop((left, top, left + width, top + height))

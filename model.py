@@ -15,7 +15,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisio
                           SiglipVisionModel)
 from transformers.utils import logging
 
-from config import UserError, loading_options
+from config import UserError
 from prompts import IGNORE, IMAGE
 
 logging.disable_progress_bar()                      # one bar per backbone and rank would bury what matters
@@ -222,8 +222,15 @@ def load_llm(name, dtype=torch.float32):
 
 
 def load(cls, name, flag, **options):
+    from foreign import loading_options
     try:
-        return cls.from_pretrained(name, **loading_options(name), **options)
+        if cls is AutoConfig:
+            return cls.from_pretrained(name, **loading_options(name))
+        model, found = cls.from_pretrained(name, output_loading_info=True, **loading_options(name), **options)
+        missing = sorted(found["missing_keys"]) + list(found["mismatched_keys"])
+        if missing:                                 # transformers would fill them with random numbers
+            raise ValueError(f"{len(missing)} tensors are missing or of another shape, such as {missing[0]}")
+        return model
     except Exception as e:                          # transformers raises many kinds here; each means the same
         raise UserError(f"{flag} {name} can't be loaded ({type(e).__name__}: {str(e).splitlines()[0]}). "
                         "Give a Hugging Face folder, or a hub id if this machine reaches the hub") from e

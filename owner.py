@@ -9,6 +9,7 @@
 import fcntl
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -29,7 +30,8 @@ FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", 
 
 # What train.py and its commands write into a run folder. Anything else in it is the user's.
 RUN_FILES = ("config.json", "metrics.jsonl", "replaces.json", "dataset_statistics.json", "trace.json",
-             "val.json", "scores.json", "samples.png", "rollouts.json", "rollouts.png")
+             "val.json", "val.png", "scores.json", "scores.png", "samples.png", "rollouts.json",
+             "rollouts.png")
 
 
 def claim(cfg, run):
@@ -48,15 +50,22 @@ def claim_alone(cfg, run):
                         "as it was at the start; to start from it, name the new run with --run_id")
     try:
         held = lock(run)
+        for name in RUN_FILES:                              # opening a named pipe would wait for ever
+            if os.path.lexists(run / name) and not (run / name).is_file():
+                raise UserError(f"{run / name} is no file. Move it away")
         if (run / "config.json").exists():
             before = read_config(run)                       # an error if another program wrote it
+            for name in replaced(run):
+                if cfg.ckpt and Path(cfg.ckpt).resolve().is_relative_to(run.with_name(name).resolve()):
+                    raise UserError(f"--ckpt {cfg.ckpt}: the next checkpoint of {run} would delete it. "
+                                    f"Rename {run.with_name(name)} first")
             if not cfg.overwrite:
                 check_same_run(cfg, before, run)
         elif os.path.lexists(run) and (not run.is_dir() or any(run.iterdir())):
             raise UserError(f"{run} exists and holds no run of this program. Choose another --run_id")
         return held
     except OSError as e:
-        raise UserError(f"the run folder {run} can't be written ({e.strerror}). "
+        raise UserError(f"the run folder {run} can't be written ({e}). "
                         "Choose another --run_root") from e
 
 
@@ -68,7 +77,10 @@ def lock(run):
     -o flock, some others) says so; then nothing but care keeps a second writer away.
     """
     run.parent.mkdir(parents=True, exist_ok=True)
-    file = open(run.parent / f".{run.name}.lock", "a+")
+    run = run.resolve()                                     # a link to a run is the same run
+    path = run.parent / f".{run.name}.lock"
+    # A link would lead to somebody's file; a pipe would wait for ever.
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+")
     for last_try in [False] * 50 + [True]:                  # the ranks of a dead torchrun end within seconds
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,7 +127,9 @@ def begin_alone(cfg, run, restarted):
             replaces = move_away(run)
         new = unused_name(run.with_name(f".{run.name}.new"))     # under its own name it appears whole
         new.mkdir(parents=True)
-        write_text(new / "config.json", json.dumps(asdict(cfg), indent=2))
+        # Checkpoints carry this word, too: a step folder of another run is not taken for one of this.
+        started = f"{time.strftime('%F %T')} {os.urandom(4).hex()}"
+        write_text(new / "config.json", json.dumps(asdict(cfg) | {"started": started}, indent=2))
         if replaces:
             write_text(new / "replaces.json", json.dumps(replaces))
         if run.exists():
@@ -123,7 +137,7 @@ def begin_alone(cfg, run, restarted):
         new.rename(run)
         flush(run.parent)
     except OSError as e:
-        raise UserError(f"the run folder {run} can't be written ({e.strerror}). "
+        raise UserError(f"the run folder {run} can't be written ({e}). "
                         "Choose another --run_root") from e
 
 
@@ -132,18 +146,17 @@ def move_away(run):
     if run.is_symlink():
         raise UserError(f"--overwrite: {run} is a link to {run.resolve()}. Remove the link, "
                         "or name a new run with --run_id")
-    record = run / "replaces.json"
-    before = json.loads(record.read_text()) if record.exists() else []
+    before = replaced(run)
     old = unused_name(run.with_name(f"{run.name}.overwritten"))
     run.rename(old)
     print(f"the old run is now {old}; the first checkpoint of the new one deletes it", flush=True)
-    return [*before, str(old)]
+    return [*before, old.name]
 
 
 def forget(run):
     """Deletes the runs that this one replaces: what this program wrote, and nothing else."""
-    record = run / "replaces.json"
-    for old in map(Path, json.loads(record.read_text())) if record.exists() else ():
+    for name in replaced(run):
+        old = run.with_name(name)
         for folder in step_folders(old):
             delete_step(folder)
         for name in RUN_FILES:
@@ -152,4 +165,16 @@ def forget(run):
             print(f"{old} is kept: it holds more than this program wrote")
         elif old.exists():
             old.rmdir()
-    record.unlink(missing_ok=True)
+    (run / "replaces.json").unlink(missing_ok=True)
+
+
+def replaced(run):
+    """Names of the runs that this one replaces. A run folder may come from a stranger, so only names that
+    move_away gives are taken, beside the run itself."""
+    record = run / "replaces.json"
+    try:
+        names = json.loads(record.read_text()) if record.exists() else []
+        assert all(re.fullmatch(re.escape(run.name) + r"\.overwritten(-\d+)?", name) for name in names)
+        return [name for name in names if not run.with_name(name).is_symlink()]
+    except (ValueError, TypeError, AssertionError) as e:
+        raise UserError(f"{record} can't be read ({e}). Remove it; the runs that it names then stay") from e

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer
 
-from config import BadExample, UserError, loading_options
+from config import BadExample, UserError
 
 IGNORE = -100                               # a label that the loss skips
 IMAGE = -200                                # stands in input_ids where a patch will be; no vocabulary entry
@@ -77,8 +77,9 @@ class Language:
 
     def __init__(self, tokenizer, prompt, captions=False, rows=None):
         self.tokenizer, self.name, self.captions, self.rows = tokenizer, prompt, captions, rows
-        added = tokenizer.added_tokens_decoder.values()
-        control = {token.content for token in added if token.special} - {TAG}
+        # But for runs of spaces, which some tokenizers add as tokens for the sake of program code.
+        control = {token.content for token in tokenizer.added_tokens_decoder.values()
+                   if token.special or token.content.strip()} - {TAG}
         self.control = re.compile("|".join(map(re.escape, control)) or "(?!)")      # (?!) is found nowhere
         special = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
         if tokenizer.eos_token is None:
@@ -98,12 +99,11 @@ class Language:
             raise UserError("--prompt chatml needs a tokenizer that has <|im_end|> as one token; "
                             "this one has not. Try --prompt plain")
 
-    def ids(self, texts, plain=False):
-        """Texts -> lists of ids, without BOS. One call for many texts: the tokenizer works on all cores.
-        plain: a control token's name is read as the letters that it is written with."""
+    def ids(self, texts):
+        """Texts -> lists of ids, without BOS. One call for many texts: the tokenizer works on all cores."""
         # Not building attention masks makes tokenizing 25 % faster.
         no = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        ids = self.tokenizer(texts, split_special_tokens=plain, **no)["input_ids"] if texts else []
+        ids = self.tokenizer(texts, **no)["input_ids"] if texts else []
         if self.rows and max((max(each) for each in ids if each), default=0) >= self.rows:
             raise UserError("the tokenizer gives ids that the language model has no embedding for (it has "
                             f"{self.rows}): they are not of one model. Look at the folder of --llm_backbone")
@@ -114,7 +114,9 @@ class Language:
         texts = [piece for piece in pieces if piece.text]
         ids = self.ids([piece.text for piece in texts])
         for i in (i for i, piece in enumerate(texts) if piece.plain):
-            ids[i], = self.ids([texts[i].text], plain=True)
+            # Cut behind the first letter of each control token's name: read apart, the two are letters.
+            cut = self.control.sub(lambda name: f"{name[0][0]}\0{name[0][1:]}", texts[i].text).split("\0")
+            ids[i] = [token for part in self.ids(cut) for token in part]
         return ids
 
     def decode(self, ids):
@@ -123,6 +125,7 @@ class Language:
 
 def load_language(name, prompt="auto", captions=False):
     """Folder or hub id of a language model -> Language."""
+    from foreign import loading_options
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **loading_options(name))
         if not tokenizer("a")["input_ids"]:         # transformers makes one up where the files are missing

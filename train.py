@@ -61,13 +61,15 @@ def main(cfg):
     sampler = loader.batch_sampler
     # The progress bar counts optimizer steps: epochs x global batches of an epoch. (A loop that counts
     # micro-batches would divide by the accumulation.) --max_steps ends a run earlier, or later, than that,
-    # also in the middle of an epoch; a cosine then reaches zero at --max_steps.
+    # also in the middle of an epoch; a cosine reaches zero there.
     total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
     parts, model = load_model(cfg, policy, sampler)
     model.to(device)
     optimizer = make_optimizer(model, cfg)
     owner.begin(cfg, run, restarted)    # up to here nothing on disk has changed
     step = checkpoint.resume(run, model, optimizer)
+    if step > total:
+        raise UserError(f"{run}: {step} steps are done, but the run has {total} now. Was its data changed?")
     # DDP averages gradients over the ranks while backward still runs. It waits for a gradient of every weight
     # that trains, but a text-only batch gives the projector none. DDP then raises an error, unless
     # find_unused_parameters tells it to look for such weights.
@@ -155,8 +157,9 @@ def load_data(cfg, device):
         else:
             files = [Conversations(path, *about, cfg.skip_bad_examples) for path in cfg.train_json.split(",")]
         counted = [file.lengths() for file in files]
-        if cfg.val_json and not policy:                     # now, not after hours of training
-            Conversations(cfg.val_json, *about).lengths()
+        if cfg.val_json:                                    # now, not after hours of training
+            (actions.Episodes(cfg.val_json, *about, policy).check() if policy
+             else Conversations(cfg.val_json, *about).lengths())
     times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
     data = ConcatDataset([file for file, n in zip(files, times) for _ in range(n)])
     lengths, has_image = (np.concatenate([both[k] for both, n in zip(counted, times) for _ in range(n)])
@@ -164,8 +167,7 @@ def load_data(cfg, device):
     per_device = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // world_size))
     if cfg.global_batch_size % (per_device * world_size):
         raise UserError(f"--global_batch_size {cfg.global_batch_size} can't be cut into micro-batches of "
-                        f"--per_device_batch_size {per_device} on {world_size} ranks. Choose a multiple of "
-                        f"{per_device * world_size}")
+                        f"{per_device} on {world_size} ranks. Choose a multiple of {per_device * world_size}")
     sampler = SplitModalitySampler(lengths, has_image, global_batch_size=cfg.global_batch_size,
                                    per_device_batch_size=per_device, world_size=world_size, rank=rank,
                                    seed=cfg.seed, window=cfg.length_window)
@@ -226,9 +228,8 @@ def print_opening(model, file, sampler, total, run, step):
     example = file[0]
     if isinstance(example, BadExample):
         raise example
-    print("sample 0 "
-          f"{show(example['input_ids'].tolist(), example['labels'].tolist(), file.language.tokenizer)}"
-          "     (>> << is what the loss sees)", flush=True)
+    shown = show(example["input_ids"].tolist(), example["labels"].tolist(), file.language.tokenizer)
+    print(f"sample 0 {config.printable(shown)}     (>> << is what the loss sees)", flush=True)
 
 
 # -- one step ------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import actions as actions_module
 import check
-import images
 from actions import BINS, ActionTokens, compute_statistics, distort, end_of_actions
 from config import BadExample, UserError
 from data import collate
@@ -166,9 +166,9 @@ def test_augmentation_depends_on_seed_epoch_and_example_only(tmp_path):
 def test_the_center_crop_keeps_nine_tenths_of_the_area():
     image = Image.new("RGB", (100, 200), "red")
     image.paste("blue", (3, 6, 97, 194))
-    assert images.crop(image, 0.5, 0.5).size == (95, 190)
-    assert images.crop(image, 0.5, 0.5).getpixel((47, 95)) == (0, 0, 255)
-    assert images.crop(image, 0.0, 0.0).getpixel((0, 0)) == (255, 0, 0)
+    assert actions_module.crop(image, 0.5, 0.5).size == (95, 190)
+    assert actions_module.crop(image, 0.5, 0.5).getpixel((47, 95)) == (0, 0, 255)
+    assert actions_module.crop(image, 0.0, 0.0).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_score_is_the_error_in_physical_units(tmp_path):

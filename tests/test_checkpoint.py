@@ -23,6 +23,7 @@ def projector(width=16, kind="linear"):
 def save(run, step, keep=1, **state):
     weights = checkpoint.tensors_of(projector(), ["projector"])
     state |= {"parts": ["projector"]}
+    run.mkdir(exist_ok=True)
     return checkpoint.save(run, step, weights, {"random.0": torch.zeros(3)}, state, keep)
 
 
@@ -243,6 +244,29 @@ def test_keep_touches_only_step_folders_that_train_py_wrote(tmp_path):
         "step-00000001", "step-00000002", "step-00000005", "step-²", "unfinished-0007"]
     assert (elsewhere / "step-00000001" / "state.json").exists()
     assert (run / "unfinished-0007" / "notes.txt").exists()
+
+
+def test_a_step_folder_of_another_run_is_not_taken_for_one_of_this(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(checkpoint.json.dumps({"started": name}))
+        save(tmp_path / name, 1)
+    shutil.copytree(tmp_path / "b" / "step-00000001", tmp_path / "a" / "step-00000002")
+    tell_of_step(tmp_path / "a" / "step-00000002", 2)
+    assert checkpoint.newest(tmp_path / "a").name == "step-00000001"
+    assert "state.json: it belongs to another run" in capsys.readouterr().err
+    folder = tmp_path / "b" / "step-00000001"
+    state = checkpoint.read_state(folder)
+    del state["files"]                                      # without checksums anything could be in it
+    (folder / "state.json").write_text(checkpoint.json.dumps(state))
+    assert "it belongs to another run" in checkpoint.damage(folder)
+
+
+def test_a_run_folder_that_was_moved_away_is_not_made_anew(tmp_path):
+    weights = checkpoint.tensors_of(projector(), ["projector"])
+    with pytest.raises(UserError, match="the checkpoint of step 1 can't be written to .*nowhere"):
+        checkpoint.save(tmp_path / "nowhere", 1, weights, {}, {"parts": ["projector"]}, keep=1)
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_what_is_in_the_way_of_a_checkpoint_is_set_aside(tmp_path):

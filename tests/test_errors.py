@@ -190,7 +190,8 @@ def test_a_control_token_in_what_somebody_wrote_is_text(kind, captions, tmp_path
                      captions=captions, name="honest.json")
     for ids, want in zip((input_ids, labels), honest.tokens(honest.row(0))):
         assert ids.count(lang.end_id) == want.count(lang.end_id)
-    assert f"c {end} d" in lang.tokenizer.decode([i for i in labels if i >= 0])
+    learned = lang.tokenizer.decode([i for i in labels if i >= 0])
+    assert f"c {end} d" in learned.replace("< /s>", "</s>")             # Sentencepiece puts a space there
     assert data.lengths()[0].tolist() == [len(input_ids)]
     if not captions:
         assert data.question(0)["input_ids"].tolist() == input_ids[:len(data.question(0)["input_ids"])]

@@ -10,7 +10,7 @@ from helpers import dataset, language, picture, talk
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import config
+import foreign
 import model
 from config import BadExample, UserError, printable
 from images import load_image_transforms, read_image
@@ -41,7 +41,8 @@ def test_code_in_a_model_folder_is_never_run(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     tokens = {"auto_map": {"AutoTokenizer": ["spy.Anything", None]}}
     llm = with_code(tmp_path, "llm", {"config.json": KINDS[kind], "tokenizer_config.json": tokens})
-    vit = with_code(tmp_path, "vit", {"config.json": KINDS[kind], "preprocessor_config.json": {"auto_map": AUTO}})
+    pixels = {"auto_map": AUTO}
+    vit = with_code(tmp_path, "vit", {"config.json": KINDS[kind], "preprocessor_config.json": pixels})
     for load in (lambda: load_language(llm), lambda: model.load_llm(llm), lambda: model.load_vision(vit),
                  lambda: load_image_transforms(vit, "letterbox")):
         try:
@@ -74,18 +75,17 @@ def test_an_offline_hub_id_is_refused_at_once(monkeypatch):
     def no_network(*_, **__):
         raise OSError("no route to host")
 
-    config.hub_is_there.cache_clear()
-    monkeypatch.setattr(config.socket, "create_connection", no_network)
-    monkeypatch.setattr(config, "getproxies", dict)
-    assert config.loading_options("some/model")["local_files_only"] is True
+    foreign.hub_is_there.cache_clear()
+    monkeypatch.setattr(foreign.socket, "create_connection", no_network)
+    monkeypatch.setattr(foreign, "getproxies", dict)
     with pytest.raises(UserError, match="--llm_backbone some/model"):
         load_language("some/model")
-    config.hub_is_there.cache_clear()
+    foreign.hub_is_there.cache_clear()
 
 
 def test_a_folder_never_asks_the_hub(monkeypatch):
-    monkeypatch.setattr(config, "hub_is_there", lambda: pytest.fail("the network was asked"))
-    assert config.loading_options(str(ROOT / "toy" / "llm"))["local_files_only"] is True
+    monkeypatch.setattr(foreign, "hub_is_there", lambda: pytest.fail("the network was asked"))
+    assert foreign.loading_options(str(ROOT / "toy" / "llm"))["local_files_only"] is True
 
 
 # -- pictures ------------------------------------------------------------------------------------------------

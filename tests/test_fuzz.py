@@ -103,6 +103,7 @@ def test_step_folders(tries, tmp_path):
     model.projector(torch.ones(2, 8)).sum().backward()
     optimizer.step()
     want = {name: tensor.clone() for name, tensor in checkpoint.tensors_of(model, ["projector"]).items()}
+    (tmp_path / "r").mkdir()
     saved = checkpoint.save(tmp_path / "r", 1, want, checkpoint.optimizer_tensors(model, optimizer),
                             {"parts": ["projector"]}, keep=1)
     for i, rng in tries:

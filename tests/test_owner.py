@@ -95,6 +95,50 @@ def test_overwrite_deletes_only_what_train_py_wrote(tmp_path):
                     "r.overwritten-2/step-00000001", "r.overwritten-2/step-00000001/mine.txt"]
 
 
+@pytest.mark.parametrize("text", ['["/precious"]', '["../precious"]', '["r"]', '["r.overwritten/.."]', "[7]", "7",
+                                  "garbage", '{"a": 1}', '"r.overwritten"'])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_record_of_replaced_runs_that_this_program_did_not_write_deletes_nothing(text, overwrite, tmp_path):
+    run = start(tmp_path)
+    save(start(tmp_path, run_id="precious"), 1)
+    save(run, 1)
+    (run / "replaces.json").write_text(text)
+    with pytest.raises(UserError, match="replaces.json can't be read"):
+        start(tmp_path, overwrite=overwrite)
+    with pytest.raises(UserError, match="replaces.json can't be read"):
+        owner.forget(run)
+    assert names(tmp_path / "precious") == ["config.json", "step-00000001"] and names(tmp_path) == ["precious", "r"]
+
+
+def test_a_run_that_is_about_to_be_deleted_is_no_place_to_start_from(tmp_path):
+    save(start(tmp_path), 1)
+    start(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="the next checkpoint of .* would delete it"):
+        start(tmp_path, ckpt=str(tmp_path / "r.overwritten"), overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "replaces.json"])
+def test_a_pipe_in_a_run_folder_is_named(name, tmp_path):
+    run = start(tmp_path)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(UserError, match=f"{name} is no file|exists and holds no run"):
+        start(tmp_path)
+
+
+def test_a_link_to_a_run_has_the_same_lock_and_a_linked_lock_is_refused(tmp_path):
+    run = start(tmp_path)
+    (tmp_path / "alias").symlink_to(run)
+    owner.lock(tmp_path / "alias").close()
+    assert [path.name for path in tmp_path.glob(".*.lock")] == [".r.lock"]
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".r.lock").unlink()
+    (tmp_path / ".r.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="can't be written"):
+        start(tmp_path)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("make, said", [
     (lambda run: (run / "config.json").write_text('{"model_type": "llama"}'), "config.json can't be read"),

@@ -221,7 +221,7 @@ def test_the_scores_of_a_policy_are_written_and_it_sees_black_only_if_asked(
     assert (tmp_path / "rollouts.png").stat().st_size > 1000
     assert capsys.readouterr().out.splitlines() == [
         "unseen layouts     25.0%   of 4", "unseen pairs      100.0%   of 4",
-        f"pictures {tmp_path / 'rollouts.png'}", f"scores   {tmp_path / 'rollouts.json'}"]
+        f"scores   {tmp_path / 'rollouts.json'}", f"pictures {tmp_path / 'rollouts.png'}"]
     assert [len(call.pictures) for call in stub.asked] == [3, 1] * MOST_STEPS * 2
     assert {call.key for call in stub.asked} == {"mine"}
     for call in stub.asked:
@@ -236,7 +236,7 @@ def test_told_the_wrong_task_a_policy_gets_every_instruction_the_other_way_round
         let_act(monkeypatch, stub, "--ckpt", "run", "--rollouts", 2, flag,
                 "--out", tmp_path / "new" / "s.json")
         told[flag] = [call.instructions for call in stub.asked]
-        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["rollouts.png", "s.json"]
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["s.json", "s.png"]
     for right, wrong in zip(*told.values(), strict=True):
         for one, other in zip(right, wrong, strict=True):
             thing, target = one.removeprefix("put the ").split(" on the ")

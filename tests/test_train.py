@@ -437,7 +437,7 @@ def test_python_train_py_is_a_world_of_one(world, tmp_path):
     run = tmp_path / "toy-align-x7"
     scores = json.loads((run / "val.json").read_text())
     assert scores["count"] == 1 and scores["by_type"]["caption"]["count"] == 1
-    assert (run / "samples.png").exists()
+    assert (run / "val.png").exists()
 
 
 def test_generate_answers_from_the_command_line(world, one_rank, capsys):

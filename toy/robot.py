@@ -54,9 +54,11 @@ class RobotConfig:
     blank_images: bool = knob(
         False, "with --ckpt: replace every picture by a black one: does the policy look at all?")
     out: str = knob("", "with --ckpt: where the scores go; empty = rollouts.json in the run folder. "
-                        "rollouts.png is drawn beside it")
+                        "A picture of the same name is drawn beside it")
 
     def __post_init__(self):
+        if not self.ckpt:
+            world.check_folder(self.folder, ("val", "train"))
         check_limits(self, {"episodes": (1, 10 ** 7), "rollouts": (1, 10 ** 6), "batch_size": (1, 10 ** 5)})
         # Otherwise --rollouts without --ckpt would write thousands of episodes, which nobody asked for.
         unread = ("folder", "seed", "episodes") if self.ckpt else (
@@ -237,9 +239,10 @@ def write(folder, seed=0, episodes=4000):
             rows.append({"id": name, "instruction": str(task), "steps": [
                 {"image": f"{name}/{i:03d}.png", "action": [round(float(a), 3) for a in action]}
                 for i, (_, action) in enumerate(steps)]})
-        part = folder / f"{split}.part"
-        part.write_text(json.dumps(rows))
-        part.replace(folder / f"{split}.json")
+        unfinished = folder / f".{split}.unfinished"
+        unfinished.unlink(missing_ok=True)
+        unfinished.write_text(json.dumps(rows))
+        unfinished.replace(folder / f"{split}.json")
         print(f"{folder / split}.json: {count} episodes, {sum(len(row['steps']) for row in rows)} steps")
 
 
@@ -326,10 +329,10 @@ def let_act(cfg):
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "rollouts.json"
     check_writable(out)
     scores, shown = success_rates(assistant, cfg)
-    film_strips(shown, out.with_name("rollouts.png"))
-    print(f"pictures {out.with_name('rollouts.png')}")
     out.write_text(json.dumps(scores, indent=1))
     print(f"scores   {out}")
+    film_strips(shown, out.with_suffix(".png"))
+    print(f"pictures {out.with_suffix('.png')}")
 
 
 def main(cfg):

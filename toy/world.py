@@ -9,7 +9,9 @@ The two small backbones in `toy/` were trained on this world by `toy/pretrain.py
 """
 import json
 import math
+import os
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from PIL import Image, ImageDraw
 
 # `python toy/world.py` puts this file's folder on the path, but the modules are found from the one above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import check_limits, knob, parse  # noqa: E402
+from config import UserError, check_limits, knob, parse  # noqa: E402
 
 COLORS = {"red": (214, 45, 48), "green": (48, 158, 76), "blue": (44, 96, 214),
           "yellow": (242, 205, 48), "purple": (136, 62, 178), "orange": (242, 132, 32)}
@@ -29,6 +31,21 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 PIXELS = 96                                         # width and height of a picture; a cell is a third of it
 
 
+def check_folder(folder, names):
+    """Raises UserError where a file of these names lies in the folder that this program did not write."""
+    if not folder:
+        raise UserError("--folder is empty: which folder?")
+    for file in (Path(folder) / f"{name}.json" for name in names):
+        try:
+            rows = json.loads(file.read_text()) if file.is_file() else []
+            ours = not os.path.lexists(file) or all(
+                re.fullmatch(r"(test|val|train)_[a-z_]*\d+", row["id"]) for row in rows)
+        except (OSError, ValueError, TypeError, KeyError):
+            ours = False
+        if not ours:
+            raise UserError(f"{file} is not from this program; it would be lost. Choose another --folder")
+
+
 @dataclass(frozen=True)
 class WorldConfig:
     folder: str = knob("data/toy", "where to write")
@@ -36,6 +53,7 @@ class WorldConfig:
     scale: float = knob(1.0, "times as many examples")
 
     def __post_init__(self):
+        check_folder(self.folder, ("align", "finetune", "val_align", "val", "test"))
         check_limits(self, {"scale": (0, 100), "seed": (0, 2 ** 32)})
 
 
@@ -287,9 +305,11 @@ class Writer:
 
     def save(self, name, rows):
         self.rng.shuffle(rows)
-        part = self.folder / f"{name}.part"                 # killed here, the file would exist and be cut off
-        part.write_text(json.dumps(rows, indent=0))
-        part.replace(self.folder / name)
+        # Under its own name the file appears whole. Whatever has the other name, a named pipe perhaps, goes.
+        unfinished = self.folder / f".{name}.unfinished"
+        unfinished.unlink(missing_ok=True)
+        unfinished.write_text(json.dumps(rows, indent=0))
+        unfinished.replace(self.folder / name)
         print(f"{self.folder / name}: {len(rows)} examples")
 
 
