@@ -51,7 +51,20 @@ import ranks
 from data import Conversations
 from model import load
 from images import Pictures, load_image_transforms
-from prompts import IGNORE, load_language, show
+from prompts import IGNORE, IMAGE, load_language
+
+
+def show(input_ids, labels, tokenizer):
+    """An example as text: its patches are counted, >> << stand around what the loss sees."""
+    text, i = "", 0
+    while i < len(input_ids):
+        learned, picture, j = labels[i] != IGNORE, input_ids[i] == IMAGE, i
+        while j < len(input_ids) and (labels[j] != IGNORE, input_ids[j] == IMAGE) == (learned, picture):
+            j += 1
+        words = f"[{j - i} patches]" if picture else tokenizer.decode(input_ids[i:j])
+        text += f">>{words}<<" if learned else words
+        i = j
+    return text
 
 
 def open_file(cfg):

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-# Two defaults for libraries that read them when torch is imported. Every command imports this file before;
-# a value that the user has set wins.
-# At the end of each parallel loop, OpenMP's threads wait for the last one by spinning. Where another program
-# uses the cores too, the last one often has no core, and the others burn theirs while they wait. Spinning
-# for a short time only costs little on free cores and saves most of the speed on busy ones (docs/speed.md).
+# Two defaults that are read when torch is imported. Every command imports this file before; a value of the
+# user's own wins. The first: at the end of each parallel loop, OpenMP's threads wait for the last one by
+# spinning. Where another program uses the cores too, the last one often has no core, and the others burn
+# theirs. A short spin costs little on free cores and saves most of the speed on busy ones (docs/speed.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Without this, DDP warns in each run that the first batch used all weights. That is no mistake here.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-if hasattr(sys.stdout, "reconfigure"):                      # a terminal without umlauts is no reason to fail
+# A terminal that can't show a character is no reason to fail, and Ctrl-C while torch is imported no error.
+if hasattr(sys.stdout, "reconfigure"):
     sys.stdout.reconfigure(errors="backslashreplace")
-interrupted, sys.excepthook = sys.excepthook, lambda kind, *rest: (     # Ctrl-C while torch is imported
-    os._exit(130) if kind is KeyboardInterrupt else interrupted(kind, *rest))
+sys.excepthook = lambda kind, *rest: (os._exit(130) if kind is KeyboardInterrupt
+                                      else sys.__excepthook__(kind, *rest))
 
 
 class UserError(ValueError):

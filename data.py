@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import zlib
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from config import BadExample, UserError, printable
 from prompts import IGNORE, assemble, images_of, to_pieces, tokenize
 
+KEEP_EVERY = 60                                             # seconds between two savings of what is counted
 LENGTHS = 3                                                 # raise it when examples become other ids
 SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -93,7 +95,8 @@ class Conversations(torch.utils.data.Dataset):
         self.state = self.path.stat().st_size, self.path.stat().st_mtime_ns
         # What it is called where several files are told apart: most training files are named train.json.
         self.name = self.path.parent.name if self.path.stem == "train" else self.path.stem
-        self.cache = self._read_cache()         # (n, 5) see find_examples, then length (0 = bad), has picture
+        self.kept = self._cache_file()
+        self.cache, _ = self._load(self.kept) or (None, 0)  # (n, 5) places, length (0 = bad), has picture
         self.places = find_examples(path, self.examples_in) if self.cache is None else self.cache[:, :3]
 
     @staticmethod
@@ -198,10 +201,10 @@ class Conversations(torch.utils.data.Dataset):
         trained on; with skip_bad it gets the values of the next good one.
         """
         if self.cache is None:
-            self.cache = self._read_cache()                 # by now another rank may have counted
+            self.cache, _ = self._load(self.kept) or (None, 0)      # by now another rank may have counted
         if self.cache is None:
             self.cache = np.column_stack([self.places, self._count()])
-            self._write_cache()
+            self._keep(self.kept, self.cache, len(self))
         lengths, has_image = self.cache[:, 3].copy(), self.cache[:, 4].astype(bool)
         good = np.flatnonzero(lengths)
         if len(good) < len(lengths):
@@ -214,10 +217,18 @@ class Conversations(torch.utils.data.Dataset):
 
     def _count(self):
         """-> (n, 2) length and has picture, length 0 where the example is bad.
-        In chunks: the tokenizer is fast when it gets many texts at once."""
-        counted, chunk = np.zeros((len(self), 2), np.int64), 1000
-        for start in tqdm(range(0, len(self), chunk), desc="counting tokens", unit_scale=chunk,
+
+        In chunks: the tokenizer is fast when it gets many texts at once. Once a minute, what is counted is
+        kept, so that a start that is killed does not begin again.
+        """
+        so_far, chunk, kept = self.kept.with_suffix(".counting.npy"), 1000, time.monotonic()
+        rows, done = self._load(so_far) or (None, 0)
+        counted = np.zeros((len(self), 2), np.int64) if rows is None else rows[:, 3:].copy()
+        for start in tqdm(range(done, len(self), chunk), desc="counting tokens", unit_scale=chunk,
                           disable=len(self) < 10000):
+            if time.monotonic() > kept + KEEP_EVERY:
+                self._keep(so_far, np.column_stack([self.places, counted]), start)
+                kept = time.monotonic()
             indices, pieces = range(start, min(start + chunk, len(self))), []
             for i in indices:
                 try:
@@ -233,6 +244,7 @@ class Conversations(torch.utils.data.Dataset):
                                   any(piece.is_picture for piece in row))
                 except BadExample as e:
                     self._bad(i, e)
+        so_far.unlink(missing_ok=True)
         return counted
 
     def _bad(self, i, error):
@@ -256,22 +268,22 @@ class Conversations(torch.utils.data.Dataset):
                        type(self).__name__, LENGTHS)).encode())
         return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
 
-    def _read_cache(self):
-        file = self._cache_file()
+    def _load(self, file):
+        """-> rows (n, 5), how many of them are counted; None if the file is not there, or not whole."""
         try:
-            # One array, so forked workers share its memory. The last row is a checksum of the others.
+            # One array, so forked workers share its memory. The last row holds the count and a checksum.
             rows = np.load(file, allow_pickle=False) if file.is_file() else None
             if rows.shape[1:] == (5,) and rows.dtype == np.int64 and zlib.crc32(rows[:-1]) == rows[-1, 4]:
-                return rows[:-1]
+                return rows[:-1], int(rows[-1, 0])
         except Exception:                                   # of the many kinds that numpy raises
             pass
-        return None                                         # not there, or not whole: it is made again
+        return None
 
-    def _write_cache(self):
+    def _keep(self, file, rows, done):
+        unfinished = file.with_suffix(f".unfinished{os.getpid()}.npy")
         try:
-            unfinished = self._cache_file().with_suffix(f".unfinished{os.getpid()}.npy")
-            np.save(unfinished, np.vstack([self.cache, [[0, 0, 0, 0, zlib.crc32(self.cache)]]]))
-            unfinished.replace(self._cache_file())
+            np.save(unfinished, np.vstack([rows, [[done, 0, 0, 0, zlib.crc32(rows)]]]))
+            unfinished.replace(file)
         except OSError as e:                                # a folder one may not write into
             print(f"the token counts can't be kept beside {self.path} ({e.strerror}); "
                   "the next start counts again")

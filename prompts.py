@@ -280,16 +280,3 @@ def check_supervised(labels, length, max_length):
                          f"--max_length {max_length}. Raise --max_length, or drop the example"
                          if length > max_length else
                          "there is no token to learn in it. Add a reply, or drop the example")
-
-
-def show(input_ids, labels, tokenizer):
-    """An example as text: its patches are counted, >> << stand around what the loss sees."""
-    text, i = "", 0
-    while i < len(input_ids):
-        learned, picture, j = labels[i] != IGNORE, input_ids[i] == IMAGE, i
-        while j < len(input_ids) and (labels[j] != IGNORE, input_ids[j] == IMAGE) == (learned, picture):
-            j += 1
-        words = f"[{j - i} patches]" if picture else tokenizer.decode(input_ids[i:j])
-        text += f">>{words}<<" if learned else words
-        i = j
-    return text

@@ -48,7 +48,7 @@ from data import Conversations, collate
 from images import Pictures, load_image_transforms
 from model import PARTS, load_vlm
 from profiling import StepProfile, phase
-from prompts import IGNORE, load_language, show
+from prompts import IGNORE, load_language
 from sampler import SplitModalitySampler
 
 
@@ -225,6 +225,7 @@ def print_opening(model, file, sampler, total, run, step):
           f"{sampler.accumulation} accumulated x {sampler.world_size} ranks · "
           f"{len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
           f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
+    from check import show
     example = file[0]
     if isinstance(example, BadExample):
         raise example

@@ -256,9 +256,10 @@ def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, b
     from evaluate import EvaluateConfig, open_loop
     from generate import Assistant
     assistant = Assistant(train_robot(robot, base, tmp_path, "--max_steps", "1")[1])
-    scores = open_loop(assistant, assistant.dataset(robot / "lamp.json", robot / "images"),
-                       EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
+    scores, unread = open_loop(assistant, assistant.dataset(robot / "lamp.json", robot / "images"),
+                               EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
     bright = np.arange(6) / 48
+    assert not unread
     assert scores["count"] == 6 and len(scores["l1"]["policy"]) == 2
     assert scores["l1"]["mean action"] == pytest.approx([np.abs(bright - 23.5 / 48).mean()] * 2)
     first = 23.5 / 48 + (23.5 - 4) / 48                     # there is no action before: the mean one counts

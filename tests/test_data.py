@@ -195,7 +195,7 @@ def test_a_large_file_is_not_kept_in_memory_and_no_worker_copies_it(tmp_path):
     assert (tmp_path / "d.json").stat().st_size > 20e6
     data = opened(tmp_path / "d.json", language())
     data.cache = np.column_stack([data.places, np.ones((20_000, 2), np.int64)])     # not counted: it is slow
-    data._write_cache()
+    data._keep(data.kept, data.cache, len(data))
     data = opened(tmp_path / "d.json", data.language)
     assert isinstance(data.cache, np.ndarray) and data.places.base is not None      # no list of objects
     assert grows_by(lambda: all(data.row(i) for i in range(len(data)))) < 6e6      # Python itself, 3 MB
@@ -236,6 +236,28 @@ def test_a_broken_file_of_lengths_is_made_again(tmp_path):
         kept.write_bytes(broken)
         assert dataset(tmp_path, ROWS, language()).lengths()[0].tolist() == lengths
         assert kept.read_bytes() == whole
+
+
+def test_a_count_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
+    rows = [{"conversations": talk("What " * (i % 7), "A cat. " * (i % 5))} for i in range(3500)]
+    want = dataset(tmp_path, rows, language(), name="whole.json").lengths()[0].tolist()
+    lang = language()
+    counting = dataset(tmp_path, rows, lang)
+    calls, tokenize = [], Language.piece_ids
+    monkeypatch.setattr("data.KEEP_EVERY", -1)
+
+    def killed_in_the_third_chunk(self, pieces):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return tokenize(self, pieces)
+
+    monkeypatch.setattr(Language, "piece_ids", killed_in_the_third_chunk)
+    with pytest.raises(KeyboardInterrupt):
+        counting.lengths()
+    assert opened(tmp_path / "d.json", lang).lengths()[0].tolist() == want
+    assert len(calls) == 3 + 2                              # of four chunks, two were kept
+    assert not list(tmp_path.glob("*.counting.npy"))
 
 
 def test_in_a_read_only_folder_lengths_are_counted_each_time(tmp_path, monkeypatch):

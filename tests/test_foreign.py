@@ -118,7 +118,8 @@ def test_a_picture_that_is_none_is_refused(kind, tmp_path, monkeypatch):
 
 # -- what reaches the terminal -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["\x1b[2Jred", "a\nerror: forged", "a\rb", "x" * 10 ** 6, "\u202egnp", "\ud800"])
+@pytest.mark.parametrize("name", [
+    "\x1b[2Jred", "a\nerror: forged", "a\rb", "x" * 10 ** 6, "\u202egnp", "\ud800"])
 def test_a_name_from_data_is_escaped_and_cut(name, tmp_path):
     picture(tmp_path / "a.png")
     rows = [{"id": name, "image": name + ".png", "conversations": talk(f"<image>{name[:50]}", "A cat.")}]

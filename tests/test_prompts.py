@@ -7,9 +7,10 @@ from helpers import KINDS, PATCHES, ROWS, dataset, every_kind, language, make_to
 from PIL import Image
 
 import prompts
+from check import show
 from config import BadExample
 from generate import Assistant
-from prompts import IGNORE, IMAGE, PROMPTS, Language, check_supervised, known_prompt, load_language, show
+from prompts import IGNORE, IMAGE, PROMPTS, Language, check_supervised, known_prompt, load_language
 
 every_prompt = pytest.mark.parametrize("prompt", PROMPTS)
 
