@@ -18,6 +18,7 @@ from metaworld.policies import ENV_POLICY_MAP
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ranks  # noqa: E402
 from generate import Assistant  # noqa: E402
 
 TASKS = {"press the button from above": "button-press-topdown-v3",
@@ -58,4 +59,5 @@ if __name__ == "__main__":
     parser.add_argument("--ckpt", required=True, help="run folder of stage vla")
     parser.add_argument("--rollouts", type=int, default=20, help="of each task (%(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="longest rollout (%(default)s)")
-    main(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    ranks.run(main, args.ckpt, args.rollouts, args.steps)

@@ -26,6 +26,7 @@ from transformers import (GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, 
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import ranks  # noqa: E402
 from toy import robot, world  # noqa: E402
 
 PATCH = 16
@@ -134,7 +135,7 @@ def scene_map(scene):
 
 
 def asked(question, answer):
-    """The prompt format that training uses for it (`plain` in data.py),
+    """The prompt format that training uses for it (`plain` in prompts.py),
     as an instruction-tuned model knows its own."""
     return [(f"In: {question}\nOut:", False), (f" {answer}", True)]
 
@@ -290,6 +291,15 @@ def score_language(model, tokenizer, count=100):
     print("   ", " | ".join(scores), flush=True)
 
 
+def main(args):
+    torch.manual_seed(0)
+    if args.only != "llm":
+        train_vision(args.vision_steps, args.out)
+    if args.only != "vit":
+        for turn in range(args.first_round, len(args.language_steps)):
+            train_language(args.language_steps[turn], args.out, turn)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "llm"], help="train only one of the two")
@@ -302,9 +312,4 @@ if __name__ == "__main__":
     if len(args.language_steps) > len(MIX):
         parser.error(f"--language_steps: there are {len(MIX)} rounds, "
                      f"found {len(args.language_steps)} numbers")
-    torch.manual_seed(0)
-    if args.only != "llm":
-        train_vision(args.vision_steps, args.out)
-    if args.only != "vit":
-        for turn in range(args.first_round, len(args.language_steps)):
-            train_language(args.language_steps[turn], args.out, turn)
+    ranks.run(main, args)
