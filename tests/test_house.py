@@ -14,8 +14,8 @@ STORY = ["config", "ranks", "sampler", "prompts", "images", "data", "model", "ch
 # Behind a flag or a command of its own. The story may ask for one inside a function, where the flag is read.
 LEAVES = ["foreign", "errors", "owner", "actions", "generate", "evaluate", "check", "toy", "examples"]
 NAMED_BY_THE_LOOP = "profiling"                             # the one leaf that the story imports
-# Which room of the story asks for which leaf, inside a function. Three of them are guards: what a foreign folder
-# may ask for, what an error says, who may write into a run. The story is read without them.
+# Which room of the story asks for which leaf, inside a function. Three of these are guards: what a foreign
+# folder may ask for, what an error says, who may write into a run. The story is read without them.
 ASKS_FOR = {"train": {"actions", "check", "owner"}, "ranks": {"errors"},
             "images": {"foreign"}, "prompts": {"foreign"}, "model": {"foreign"}}
 ROOMS = [*STORY[:-1], NAMED_BY_THE_LOOP, "train", *LEAVES]
