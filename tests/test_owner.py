@@ -95,8 +95,8 @@ def test_overwrite_deletes_only_what_train_py_wrote(tmp_path):
                     "r.overwritten-2/step-00000001", "r.overwritten-2/step-00000001/mine.txt"]
 
 
-@pytest.mark.parametrize("text", ['["/precious"]', '["../precious"]', '["r"]', '["r.overwritten/.."]', "[7]", "7",
-                                  "garbage", '{"a": 1}', '"r.overwritten"'])
+@pytest.mark.parametrize("text", ['["/precious"]', '["../precious"]', '["r"]', '["r.overwritten/.."]', "[7]",
+                                  "7", "garbage", '{"a": 1}', '"r.overwritten"'])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_record_of_replaced_runs_that_this_program_did_not_write_deletes_nothing(text, overwrite, tmp_path):
     run = start(tmp_path)
@@ -107,7 +107,8 @@ def test_a_record_of_replaced_runs_that_this_program_did_not_write_deletes_nothi
         start(tmp_path, overwrite=overwrite)
     with pytest.raises(UserError, match="replaces.json can't be read"):
         owner.forget(run)
-    assert names(tmp_path / "precious") == ["config.json", "step-00000001"] and names(tmp_path) == ["precious", "r"]
+    assert names(tmp_path / "precious") == ["config.json", "step-00000001"]
+    assert names(tmp_path) == ["precious", "r"]
 
 
 def test_a_run_that_is_about_to_be_deleted_is_no_place_to_start_from(tmp_path):
