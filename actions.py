@@ -112,14 +112,15 @@ class ActionTokens:
         """Raises UserError where it is not what `saved` gives."""
         try:
             policy = cls(saved["end"], saved["statistics"], saved.get("pictures"))
-            for key in policy.statistics:
-                low, high, mask = policy._range(key)
-                assert low.shape == high.shape == mask.shape == (policy.dimensions,) and mask.dtype == bool
-                assert np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all()
-            assert BINS <= policy.end <= 10 ** 7 and 1 <= policy.dimensions <= 1000
-            assert policy.pictures is None or 1 <= policy.pictures <= 100
+            sound = (BINS <= policy.end <= 10 ** 7 and 1 <= policy.dimensions <= 1000
+                     and (policy.pictures is None or 1 <= policy.pictures <= 100))
+            for low, high, mask in map(policy._range, policy.statistics):
+                sound &= low.shape == high.shape == mask.shape == (policy.dimensions,) and mask.dtype == bool
+                sound &= bool(np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all())
+            if not sound:
+                raise ValueError("a number in it is out of range")
             return policy
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, StopIteration) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as e:
             raise UserError("the checkpoint's state.json holds no actions that can be used "
                             f"({type(e).__name__}: {e})") from e
 

@@ -159,8 +159,8 @@ def forget(run):
         old = run.with_name(name)
         for folder in step_folders(old):
             delete_step(folder)
-        for name in RUN_FILES:
-            (old / name).unlink(missing_ok=True)
+        for file_name in RUN_FILES:
+            (old / file_name).unlink(missing_ok=True)
         if old.exists() and any(old.iterdir()):
             print(f"{old} is kept: it holds more than this program wrote")
         elif old.exists():
@@ -174,7 +174,8 @@ def replaced(run):
     record = run / "replaces.json"
     try:
         names = json.loads(record.read_text()) if record.exists() else []
-        assert all(re.fullmatch(re.escape(run.name) + r"\.overwritten(-\d+)?", name) for name in names)
+        if not all(re.fullmatch(re.escape(run.name) + r"\.overwritten(-\d+)?", name) for name in names):
+            raise ValueError("it names other folders")      # no assert: `python -O` would skip it
         return [name for name in names if not run.with_name(name).is_symlink()]
-    except (ValueError, TypeError, AssertionError) as e:
+    except (ValueError, TypeError) as e:
         raise UserError(f"{record} can't be read ({e}). Remove it; the runs that it names then stay") from e

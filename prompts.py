@@ -77,7 +77,7 @@ class Language:
 
     def __init__(self, tokenizer, prompt, captions=False, rows=None):
         self.tokenizer, self.name, self.captions, self.rows = tokenizer, prompt, captions, rows
-        # But for runs of spaces, which some tokenizers add as tokens for the sake of program code.
+        # All added tokens count, except runs of spaces, which some tokenizers have for program code.
         control = {token.content for token in tokenizer.added_tokens_decoder.values()
                    if token.special or token.content.strip()} - {TAG}
         self.control = re.compile("|".join(map(re.escape, control)) or "(?!)")      # (?!) is found nowhere

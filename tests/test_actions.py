@@ -363,3 +363,15 @@ def test_a_policy_does_not_act_on_another_number_of_pictures(tmp_path):
             policy.check_pictures(found)
     with pytest.raises(UserError, match="a step has 0 pictures"):
         ActionTokens(1000, UNIT).check_pictures({0})        # of a checkpoint that does not know the number
+
+
+@pytest.mark.parametrize("wrong", [
+    {"end": 10}, {"end": "x"}, {"end": 10 ** 9}, {"statistics": {}}, {"statistics": []}, {"pictures": 0},
+    {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [float("nan")], "mask": [True]}}}},
+    {"statistics": {"arm": {"action": {"q01": [-1.0, 0.0], "q99": [1.0], "mask": [True]}}}},
+    {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [1.0]}}}}])
+def test_actions_of_a_stranger_that_can_not_be_are_refused(wrong):
+    saved = ActionTokens(1000, UNIT, pictures=1).saved()
+    assert ActionTokens.load(saved).end == 1000
+    with pytest.raises(UserError, match="state.json holds no actions that can be used"):
+        ActionTokens.load(saved | wrong)
