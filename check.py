@@ -8,9 +8,14 @@ Every example is tokenised and every picture opened. Ends with 1 if something is
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from config import PRESETS, BadExample, Config, UserError, check_limits, knob, parse, printable
+from config import BadExample, Config, UserError, check_limits, knob, parse, printable
+from presets import PRESETS
+
+
+def or_empty(name):
+    return Literal[("", *get_args(Config.__annotations__[name]))]
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,12 @@ class CheckConfig:
     image_dir: str = knob("", "folder that the pictures' paths start from")
     stage: Literal["align", "finetune", "vla"] = knob(
         "finetune", "align drops the human turns; vla reads episodes")
-    preset: str = knob("toy", "takes the backbones from this preset")
+    preset: str = knob("toy", "takes the model's flags from this preset")
     vision_backbone: str = knob("", "folder or hub id; empty = the preset's")
     llm_backbone: str = knob("", "folder or hub id; empty = the preset's")
-    image_resize: Config.__annotations__["image_resize"] = knob("resize-naive", "as in train.py")
-    prompt: Config.__annotations__["prompt"] = knob("auto", "as in train.py")
+    image_resize: or_empty("image_resize") = knob("", "as in train.py; empty = the preset's")
+    prompt: or_empty("prompt") = knob("", "as in train.py; empty = the preset's")
+    picture_place: or_empty("picture_place") = knob("", "as in train.py; empty = the preset's")
     max_length: int = knob(2048, "as in train.py")
     show_errors: int = knob(20, "errors to print; all are counted")
 
@@ -35,7 +41,7 @@ class CheckConfig:
             raise UserError(f"--preset {self.preset}: there is none of this name. "
                             f"Choose from {', '.join(PRESETS)}")
 
-    def backbone(self, name):
+    def of_model(self, name):
         default = next(f.default for f in Config.__dataclass_fields__.values() if f.name == name)
         return getattr(self, name) or PRESETS[self.preset].get("", {}).get(name, default)
 
@@ -47,6 +53,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoConfig
 
+import chat
 import ranks
 from data import Conversations
 from model import load
@@ -69,8 +76,9 @@ def show(input_ids, labels, tokenizer):
 
 def open_file(cfg):
     """-> the dataset that train.py would make of the file."""
-    language = load_language(cfg.backbone("llm_backbone"), cfg.prompt, captions=cfg.stage == "align")
-    transforms = load_image_transforms(cfg.backbone("vision_backbone"), cfg.image_resize)
+    language = load_language(cfg.of_model("llm_backbone"), cfg.of_model("prompt"), cfg.stage == "align",
+                             cfg.of_model("picture_place"))
+    transforms = load_image_transforms(cfg.of_model("vision_backbone"), cfg.of_model("image_resize"))
     about = cfg.file, language, Pictures(cfg.image_dir, transforms), cfg.max_length
     if cfg.stage != "vla":
         return Conversations(*about)
@@ -114,8 +122,9 @@ def check(cfg):
         low, middle, high = np.percentile(lengths, (0, 50, 100)).astype(int)
         print(f"positions: shortest {low}, median {middle}, longest {high}; "
               f"{data.pictures.patches} per picture; "
-              f"{supervised / len(lengths):.1f} supervised per example; prompt {data.language.name}")
-        known = known_positions(cfg.backbone("llm_backbone"))
+              f"{supervised / len(lengths):.1f} supervised per example")
+        print(f"prompt: {printable(chat.describe(data.language))}")
+        known = known_positions(cfg.of_model("llm_backbone"))
         if known and high > known:
             errors.append("too long")
             print(f"wrong: the language model knows {known} positions only. Set --max_length {known}")

@@ -267,7 +267,7 @@ def read_state(step_folder):
 def parts_of(cfg, step_folder):
     """The parts of the model that --ckpt holds. Its other parts are those of the backbones' folders."""
     before = config.read_config(cfg.ckpt)
-    for name in ("vision_backbone", "llm_backbone", "projector", "image_resize"):
+    for name in set(config.MODEL_FIELDS) - {"preset", "prompt"}:
         if getattr(cfg, name) != getattr(before, name):
             raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
                             f"{getattr(before, name)}. Leave the flag out")

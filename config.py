@@ -89,8 +89,13 @@ class Config:
         "gelu-mlp", "what turns patches into words")
     image_resize: Literal["resize-naive", "resize-crop", "letterbox"] = knob(
         "resize-naive", "how a picture becomes square: squash it, cut its sides, or pad it")
-    prompt: Literal["auto", "plain", "vicuna", "llama2", "mistral", "phi", "chatml"] = knob(
-        "auto", "how questions and answers are written; auto knows it from the language model")
+    prompt: Literal["auto", "plain", "openvla", "vicuna", "llava", "llama2", "mistral", "phi", "chatml",
+                    "prismatic-llama2", "prismatic-phi"] = knob(
+        "auto", "how questions and answers are written; auto learns it from the tokenizer's chat template")
+    picture_place: Literal["first", "tag"] = knob(
+        "first", "where the only picture of an example stands: in front, or at its tag, as in LLaVA")
+    openvla_vision: bool = knob(
+        False, "vision as OpenVLA computes it: SigLIP with the exact GELU, mean and std rounded to bfloat16")
     max_length: int = knob(2048, "longer examples are cut at the end", "positions, patches included")
     train_json: str = knob(
         "", "training examples: LLaVA JSON, JSON lines, or episodes; several files joined by commas")
@@ -200,49 +205,9 @@ def check_limits(cfg, limits):
 
 
 # What belongs to the model, not to a run: a run that starts from --ckpt takes these over.
-MODEL_FIELDS = ("preset", "vision_backbone", "llm_backbone", "projector", "image_resize", "prompt")
-
-_TOY = {"image_dir": "data/toy/images", "prepare": "toy/world.py", "global_batch_size": 32,
-        "per_device_batch_size": 32, "max_length": 512, "num_workers": 1}
-_PUBLISHED = {"align": {"global_batch_size": 256, "learning_rate": 1e-3, "length_window": 0},
-              "finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
-              "full-finetune": {"global_batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.1},
-              "vla": {"global_batch_size": 256, "learning_rate": 2e-5, "schedule": "constant",
-                      "warmup_ratio": 0.0, "epochs": 1000, "length_window": 0, "augment": True}}
-# preset -> stage -> flags; "" is for all stages. A table, because that is what the papers print. Prismatic
-# has a copy of each knob for each stage (`align_learning_rate`, `finetune_learning_rate`) and picks one of
-# them in __post_init__: then a knob has several names, and a flag can be given that nothing reads.
-# Hyperparameters of the large presets: LLaVA-1.5 (arXiv 2310.03744, appendix A) and Prismatic
-# (arXiv 2402.07865, appendix B).
-PRESETS = {
-    "toy": {
-        "": _TOY,
-        "align": {"train_json": "data/toy/align.json", "val_json": "data/toy/val_align.json", "epochs": 4,
-                  "learning_rate": 3e-3, "length_window": 0},
-        "finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json", "epochs": 3,
-                     "learning_rate": 5e-4, "weight_decay": 0.01},
-        "full-finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json",
-                          "epochs": 1, "learning_rate": 3e-4, "weight_decay": 0.01},
-        # Vision stays frozen: it has seen the gripper, and training it blurs where things are (README).
-        "vla": {"train_json": "data/toy_robot/train.json",
-                "image_dir": "data/toy_robot/images", "prepare": "toy/robot.py",
-                "trains": "projector,llm", "epochs": 4, "learning_rate": 5e-4, "weight_decay": 0.01,
-                "length_window": 0}},
-    "single-gpu": {**_PUBLISHED, "": {
-        "vision_backbone": "google/siglip-base-patch16-224",
-        "llm_backbone": "HuggingFaceTB/SmolLM2-360M-Instruct"}},
-    "llava-v1.5-7b": {
-        "": {"vision_backbone": "openai/clip-vit-large-patch14-336", "llm_backbone": "lmsys/vicuna-7b-v1.5",
-             "image_resize": "letterbox", "gradient_checkpointing": True},
-        "align": {**_PUBLISHED["align"], "per_device_batch_size": 32},
-        "finetune": {**_PUBLISHED["finetune"], "weight_decay": 0.0},
-        "full-finetune": {**_PUBLISHED["full-finetune"], "weight_decay": 0.0},
-        "vla": _PUBLISHED["vla"]},
-    "prism-dinosiglip-7b": {**_PUBLISHED, "": {
-        "vision_backbone": "facebook/dinov2-with-registers-large,google/siglip-so400m-patch14-224",
-        "llm_backbone": "meta-llama/Llama-2-7b-hf", "projector": "fused-gelu-mlp", "prompt": "plain",
-        "gradient_checkpointing": True}},
-}
+# The first six are as old as this program; without them a config.json is not one of its own.
+MODEL_FIELDS = ("preset", "vision_backbone", "llm_backbone", "projector", "image_resize", "prompt",
+                "picture_place", "openvla_vision")
 
 
 def run_config_file(ckpt):
@@ -261,7 +226,8 @@ def read_config(ckpt):
     file = run_config_file(ckpt)
     try:
         saved = json.loads(file.read_text())
-        saved = {f.name: saved[f.name] for f in fields(Config) if f.name in saved or f.name in MODEL_FIELDS}
+        saved = {f.name: saved[f.name] for f in fields(Config)
+                 if f.name in saved or f.name in MODEL_FIELDS[:6]}
         return Config(**saved)
     except UserError as e:
         raise UserError(f"{file} holds what no run can have: {e}") from e
@@ -297,7 +263,7 @@ def make_parser(cls, description=None, positional=None):
         if f.name == positional:
             parser.add_argument(f.name, nargs="?", **options)
         else:
-            parser.add_argument(f"--{f.name}", **options)
+            parser.add_argument(f"--{f.name.rstrip('_')}", dest=f.name, **options)      # `from` is Python's
     return parser
 
 
@@ -314,17 +280,21 @@ def parse(cls, argv=None, description=None, positional=None):
 
 def config_defaults(argv):
     """--stage, --preset and --ckpt are read first: they decide the defaults of the others, in --help too."""
+    from presets import PRESETS
     peek = Parser(add_help=False, allow_abbrev=False)
     peek.add_argument("--stage", default="align")
     peek.add_argument("--preset")
     peek.add_argument("--ckpt", default="")
-    peek.add_argument("--train_json")
+    for name in ("train_json", "vision_backbone", "llm_backbone"):
+        peek.add_argument(f"--{name}")
     known = peek.parse_known_args(argv)[0]
     inherited = {}
     if known.ckpt:
         saved = read_config(known.ckpt)
         inherited = {name: getattr(saved, name) for name in MODEL_FIELDS}
-    preset = known.preset or inherited.get("preset", "toy")
+    # A named backbone gets the published recipe. The toy's, with a learning rate of 3e-3, would spoil it.
+    default = "published" if known.vision_backbone or known.llm_backbone else "toy"
+    preset = known.preset or inherited.get("preset", default)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"--preset {preset}: there is none of this name. Choose from {', '.join(PRESETS)}")
     if inherited.get("preset", preset) != preset:
@@ -333,4 +303,5 @@ def config_defaults(argv):
                         "Leave the flag out: the model comes from the checkpoint")
     # val_json and prepare of the preset go with the preset's own data. Other data must not get them.
     own_data = {"val_json": "", "prepare": ""} if known.train_json else {}
-    return PRESETS[preset].get("", {}) | PRESETS[preset].get(known.stage, {}) | own_data | inherited
+    of_stage = PRESETS[preset].get(known.stage, {})
+    return {"preset": preset} | PRESETS[preset].get("", {}) | of_stage | own_data | inherited

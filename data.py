@@ -264,8 +264,8 @@ class Conversations(torch.utils.data.Dataset):
         rules = (tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast
                  else repr(sorted(tokenizer.get_vocab().items())))
         h.update(repr((rules, self.language.prompt, self.language.bos, self.language.captions,
-                       self.pictures.patches, self.max_length, tokenizer.eos_token, self.language.rows,
-                       type(self).__name__, LENGTHS)).encode())
+                       self.language.place, self.pictures.patches, self.max_length, tokenizer.eos_token,
+                       self.language.rows, type(self).__name__, LENGTHS)).encode())
         return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
 
     def _load(self, file):

@@ -50,17 +50,24 @@ class Assistant:
         self.cfg: Config = read_config(ckpt)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # An aligned model has only learned to caption: no question stood before its captions.
-        self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt, self.cfg.stage == "align")
+        self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt, self.cfg.stage == "align",
+                                      self.cfg.picture_place)
         before = None
         if self.cfg.augment:                                # it has never seen a whole picture, see `distort`
             import actions
             before = actions.center
-        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize, before)
+        self.transforms = load_image_transforms(self.cfg.vision_backbone, self.cfg.image_resize,
+                                                self.cfg.openvla_vision, before)
         folder = checkpoint.find(ckpt)
-        self.policy, saved = None, checkpoint.read_state(folder).get("actions")
-        if saved:
+        state = checkpoint.read_state(folder)
+        trained_with, now = state.get("prompt"), list(self.language.prompt[:5])
+        if trained_with != now and (trained_with or self.language.prompt.in_place):
+            raise UserError(f"{ckpt} was trained with the prompt format {trained_with}, but the chat "
+                            f"template of {self.cfg.llm_backbone} gives {now}. Was the template changed?")
+        self.policy = None
+        if state.get("actions"):
             import actions
-            self.policy = actions.ActionTokens.load(saved)
+            self.policy = actions.ActionTokens.load(state["actions"])
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = load_vlm(self.cfg, trained=(), frozen_dtype=dtype)
         checkpoint.load_weights(self.model, folder)

@@ -95,35 +95,45 @@ def read_image(path):
 class ImageTransform:
     """A picture -> (3, size, size) float tensor for one backbone, by that backbone's own preprocessor file.
 
-    resize: resize-naive squashes to a square; resize-crop cuts the longer side; letterbox pads with the
-    mean color. before: done to a picture first. `patches`: how many the backbone makes of it.
+    resize: resize-naive squashes to a square; resize-crop brings the shorter side to size and cuts the other;
+    letterbox pads with the mean color, then resizes. In this order and with this rounding each equals, bit
+    for bit, the processors of the transformers library (on Pillow): resize-naive SigLIP's, resize-crop
+    CLIP's, letterbox LLaVA's. before: done to a picture first. `patches`: how many the backbone makes of it.
     """
 
     def __init__(self, size, patch_size, mean, std, resample=3, resize="resize-naive", before=None):
         self.before = before
         self.size, self.resize, self.resample = size, resize, Image.Resampling(resample)
         self.patches = (size // patch_size) ** 2
-        self.fill = tuple(round(255 * value) for value in mean)
+        self.fill = tuple(int(255 * value) for value in mean)       # cut, not rounded: as LLaVA, Prismatic
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
         if not (1 <= patch_size <= size <= 10 ** 4 and len(mean) == len(std) == 3 and min(std) > 0):
             raise ValueError(f"size {size}, patch size {patch_size}, mean {mean}, std {std}")
 
     def __call__(self, image):
-        square = (self.size, self.size)
-        if self.before:
-            image = self.before(image)
+        image = self.before(image) if self.before else image
+        size, (width, height) = self.size, image.size
+        short, long = min(width, height), max(width, height)
+        between = {"resize-crop": size * size * long // short, "letterbox": long * long}.get(self.resize, 0)
+        if between > 2e8:                                   # 1 x 40,000 pixels would take gigabytes
+            raise BadExample(f"a picture of {width} x {height} pixels is too narrow for {self.resize}")
         if self.resize == "resize-crop":
-            image = ImageOps.fit(image, square, self.resample)
+            other = int(size * long / short)
+            image = image.resize((size, other) if width < height else (other, size), self.resample)
+            left, top = (image.width - size) // 2, (image.height - size) // 2
+            image = image.crop((left, top, left + size, top + size))
         elif self.resize == "letterbox":
-            image = ImageOps.pad(image, square, self.resample, color=self.fill)
+            padded = Image.new("RGB", (long, long), self.fill)
+            padded.paste(image, ((long - width) // 2, (long - height) // 2))
+            image = padded.resize((size, size), self.resample)
         else:
-            image = image.resize(square, self.resample)
+            image = image.resize((size, size), self.resample)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                 # (3, size, size) uint8
         return (pixels.float() / 255 - self.mean) / self.std
 
 
-def load_image_transforms(names, resize, before=None):
-    """One ImageTransform for each backbone of a comma-separated list."""
+def load_image_transforms(names, resize, as_openvla=False, before=None):
+    """One ImageTransform for each backbone of a comma-separated list. as_openvla: see --openvla_vision."""
     from foreign import loading_options
     transforms = []
     for name in names.split(","):
@@ -135,9 +145,11 @@ def load_image_transforms(names, resize, before=None):
             size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
             if isinstance(size, dict):
                 size = size.get("height") or size["shortest_edge"]
-            transforms.append(ImageTransform(
-                size, config.patch_size, settings["image_mean"], settings["image_std"],
-                settings.get("resample", 3), resize, before))
+            mean, std = settings["image_mean"], settings["image_std"]
+            if as_openvla:
+                mean, std = (torch.tensor(numbers).bfloat16().tolist() for numbers in (mean, std))
+            transforms.append(ImageTransform(size, config.patch_size, mean, std, settings.get("resample", 3),
+                                             resize, before))
         except Exception as e:                          # also what is missing in them: KeyError 'image_mean'
             raise UserError(f"--vision_backbone {name}: config.json and preprocessor_config.json can't be "
                             f"loaded from it ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e

@@ -18,7 +18,8 @@ from transformers.utils import logging
 from config import UserError
 from prompts import IGNORE, IMAGE
 
-logging.disable_progress_bar()                      # one bar per backbone and rank would bury what matters
+logging.disable_progress_bar()                      # a bar and a report for each backbone and rank would bury
+logging.set_verbosity_error()                       # what matters; `load` looks at what is missing itself
 
 PARTS = ("vision", "projector", "llm")
 CHUNK = 4096                                                # supervised positions with logits at one time
@@ -31,6 +32,7 @@ VISION_MODELS = {
     "siglip_vision_model": (SiglipVisionModel, lambda config: 0),
     "dinov2": (AutoModel, lambda config: 1),
     "dinov2_with_registers": (AutoModel, lambda config: 1 + config.num_register_tokens),
+    "dinov3_vit": (AutoModel, lambda config: 1 + config.num_register_tokens),
 }
 
 
@@ -60,9 +62,9 @@ class VisionBackbone(nn.Module):
     def forward(self, pixel_values):                        # one (N, C, H, W) per model
         features = []
         for model, skip, pixels in zip(self.models, self.skip, pixel_values, strict=True):
-            # DINOv2 always fits its position embeddings to the picture's size; the others do so when asked.
+            # DINO always fits its position embeddings to the picture's size; the others do so when asked.
             fit = {"interpolate_pos_encoding": True} if pixels.shape[-1] != model.config.image_size \
-                and not model.config.model_type.startswith("dinov2") else {}
+                and not model.config.model_type.startswith("dino") else {}
             states = model(pixels.to(model.dtype), output_hidden_states=True, **fit).hidden_states
             features.append(states[-2][:, skip:])                                   # (N, P, D_v of one model)
         return torch.cat(features, dim=-1)                                                  # (N, P, D_v)
@@ -196,26 +198,32 @@ def used_parameters(vision):
 
 # -- loading -------------------------------------------------------------------------------------------------
 
-def load_vision(names, dtype=torch.float32):
-    """Folder or hub id, or several joined by commas -> VisionBackbone."""
+def load_vision(names, dtype=torch.float32, as_openvla=False):
+    """Folder or hub id, or several joined by commas -> VisionBackbone. as_openvla: see --openvla_vision."""
     models = []
     for name in names.split(","):
         kind = load(AutoConfig, name, "--vision_backbone").model_type
         if kind not in VISION_MODELS:
             raise UserError(f"--vision_backbone {name} is of type {kind!r}. "
                             f"Known types: {', '.join(VISION_MODELS)}")
-        models.append(load(VISION_MODELS[kind][0], name, "--vision_backbone", dtype=dtype))
+        changed = {"hidden_act": "gelu"} if as_openvla and kind.startswith("siglip") else {}
+        changed |= {"pos_embed_rescale": None} if kind == "dinov3_vit" else {}      # positions at random
+        models.append(load(VISION_MODELS[kind][0], name, "--vision_backbone", dtype=dtype, **changed))
     return VisionBackbone(models)
 
 
 def load_llm(name, dtype=torch.float32):
     """Folder or hub id -> causal language model.
-    Refuses the few that do more to a logit than one matrix product."""
+    Refuses the few that do more than `embed` and `loss_of` do, as by scaling: that is tried out."""
     llm = load(AutoModelForCausalLM, name, "--llm_backbone", dtype=dtype)
-    for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(llm.config, setting, None) not in (None, 1, 1.0):
-            raise UserError(f"--llm_backbone {name} changes its logits ({setting}); "
-                            "such models are not supported")
+    with torch.no_grad():
+        ids = torch.arange(4)[None]                                                         # (1, 4)
+        given = llm(ids, use_cache=False).logits.float()                                    # (1, 4, V)
+        states = llm.base_model(inputs_embeds=llm.get_input_embeddings()(ids), use_cache=False)[0]
+        ours = llm.get_output_embeddings()(states).float()
+    if not (given - ours).abs().max() <= 1e-5 * given.abs().max():
+        raise UserError(f"--llm_backbone {name} changes its logits behind the output layer, or its "
+                        "embeddings in front of the first block; such models are not supported")
     # Many folders bring a generation_config.json with sampling and penalties. Our flags decide instead.
     llm.generation_config = GenerationConfig()
     return llm
@@ -240,7 +248,7 @@ def load_vlm(cfg, trained=PARTS, frozen_dtype=torch.float32):
     """The VLM of a Config, its projector fresh from the seed. Parts that do not train get `frozen_dtype`."""
     trained = {name.split(".")[0] for name in trained}
     dtype = {name: torch.float32 if name in trained else frozen_dtype for name in PARTS}
-    vision = load_vision(cfg.vision_backbone, dtype["vision"])
+    vision = load_vision(cfg.vision_backbone, dtype["vision"], cfg.openvla_vision)
     llm = load_llm(cfg.llm_backbone, dtype["llm"])
     torch.manual_seed(cfg.seed)
     projector = make_projector(cfg.projector, vision.width, llm.get_input_embeddings().embedding_dim)

@@ -28,7 +28,7 @@ TAG = "<image>"
 
 class Prompt(NamedTuple):
     """A conversation is first + question + before_reply + (reply) + end,
-    then user + question + before_reply + (reply) + end ...
+    then user + question + before_reply + (reply) + end ...  The formats stand in chat.py.
 
     {bos} and {eos} stand for the tokenizer's own tokens for the begin and the end of a text. A space at the
     end of `before_reply` goes with the reply: " cat" is one token, and after a lone space the model would see
@@ -38,33 +38,10 @@ class Prompt(NamedTuple):
     user: str                               # what stands before each later question
     before_reply: str                       # what stands between question and reply
     end: str                                # what ends the reply; learned, so the model learns to stop
-
-
-PROMPTS = {
-    "plain": Prompt("In: ", "In: ", "\nOut: ", "{eos}"),    # Prismatic's, for models without a chat format
-    "vicuna": Prompt("A chat between a curious user and an artificial intelligence assistant. The assistant "
-                     "gives helpful, detailed, and polite answers to the user's questions. USER: ",
-                     "USER: ", " ASSISTANT: ", "{eos}"),
-    "llama2": Prompt("[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.\n<</SYS>>\n\n",
-                     "{bos}[INST] ", " [/INST] ", " {eos}"),
-    "mistral": Prompt("[INST] ", "[INST] ", " [/INST] ", "{eos}"),
-    "phi": Prompt("Instruct: ", "Instruct: ", "\nOutput: ", "{eos}"),
-    "chatml": Prompt("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
-                     "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-}
-
-
-def known_prompt(name, tokenizer):
-    """The prompt format that a language model was made for: by its chat template, then by its name."""
-    template, name = str(getattr(tokenizer, "chat_template", None) or ""), name.lower()
-    if "<|im_start|>" in template or {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_added_vocab().keys():
-        return "chatml"
-    if "<<SYS>>" in template:
-        return "llama2"
-    if "[INST]" in template or ("mistral" in name and "instruct" in name):
-        return "mistral"
-    return next((prompt for key, prompt in (("vicuna", "vicuna"), ("llava", "vicuna"),
-                                            ("phi-1", "phi"), ("phi-2", "phi")) if key in name), "plain")
+    bos: bool | None = None                 # does BOS stand in front? None: as the tokenizer does by itself
+    keep_space: bool = False                # the space at the end of before_reply stays there, as a token
+    in_place: bool = False                  # pieces are read as parts of one text, see `Piece.behind`
+    note: str = ""                          # what a person should know about it
 
 
 class Language:
@@ -72,11 +49,12 @@ class Language:
 
     captions: examples are read as stage align does, the picture and then the first reply, no question.
     rows:     size of the model's table of embeddings, if it is known.
+    place:    where one picture stands: "first", or at its "tag" (see `to_pieces`).
     Raises UserError where the tokenizer lacks a token that the prompt needs.
     """
 
-    def __init__(self, tokenizer, prompt, captions=False, rows=None):
-        self.tokenizer, self.name, self.captions, self.rows = tokenizer, prompt, captions, rows
+    def __init__(self, tokenizer, prompt, captions=False, rows=None, place="first"):
+        self.tokenizer, self.captions, self.rows, self.place = tokenizer, captions, rows, place
         # All added tokens count, except runs of spaces, which some tokenizers have for program code.
         control = {token.content for token in tokenizer.added_tokens_decoder.values()
                    if token.special or token.content.strip()} - {TAG}
@@ -86,18 +64,29 @@ class Language:
             raise UserError("the tokenizer has no end-of-sequence token, so the model could never learn "
                             "to stop. Set `eos_token` in its tokenizer_config.json")
         self.prompt = Prompt(*(text.replace("{bos}", special["bos"]).replace("{eos}", special["eos"])
-                               for text in PROMPTS[prompt]))
+                               for text in prompt[:4]), *prompt[4:])
         # Whether a text begins with BOS is tried out: many tokenizers have one and do not use it.
-        first_id = tokenizer("a")["input_ids"][0]
-        self.bos = [tokenizer.bos_token_id] if first_id == tokenizer.bos_token_id else []
+        bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id if prompt.bos is None else prompt.bos
+        if bos and tokenizer.bos_token is None:
+            raise UserError("this --prompt begins with a begin-of-sequence token, but the tokenizer has "
+                            "none. Set `bos_token` in its tokenizer_config.json, or take another --prompt")
+        self.bos = [tokenizer.bos_token_id] if bos else []
         # Sentencepiece puts a space in front of each text by itself ("cat" is read as "▁cat"). With other
         # tokenizers we write the space between prompt and reply.
         self.adds_space = tokenizer.convert_ids_to_tokens(self.ids(["cat"])[0])[0].startswith("▁")
-        end = self.ids([self.prompt.end])[0]
-        self.end_id = end[-1]                               # generation ends when this id comes
-        if prompt == "chatml" and len(end) != 1:
-            raise UserError("--prompt chatml needs a tokenizer that has <|im_end|> as one token; "
-                            "this one has not. Try --prompt plain")
+        # Generation ends when this id comes. A caption ends with EOS, whatever ends a reply.
+        self.end_id = self.ids([tokenizer.eos_token if captions else self.prompt.end])[0][-1]
+
+    @property
+    def gap(self):
+        """What is written between before_reply and the reply."""
+        writes = self.prompt.before_reply.endswith(" ") and not self.prompt.keep_space
+        return " " if writes and (self.prompt.in_place or not self.adds_space) else ""
+
+    @property
+    def before_reply(self):
+        text = self.prompt.before_reply
+        return text if self.prompt.keep_space else text.rstrip(" ")
 
     def ids(self, texts):
         """Texts -> lists of ids, without BOS. One call for many texts: the tokenizer works on all cores."""
@@ -112,19 +101,26 @@ class Language:
     def piece_ids(self, pieces):
         """The ids of those pieces that are texts, in their order."""
         texts = [piece for piece in pieces if piece.text]
-        ids = self.ids([piece.text for piece in texts])
-        for i in (i for i, piece in enumerate(texts) if piece.plain):
-            # Cut behind the first letter of each control token's name: read apart, the two are letters.
-            cut = self.control.sub(lambda name: f"{name[0][0]}\0{name[0][1:]}", texts[i].text).split("\0")
-            ids[i] = [token for part in self.ids(cut) for token in part]
+        ids = self.ids([piece.behind + piece.text for piece in texts])
+        behind = {text: self.ids([text])[0] for text in {piece.behind for piece in texts} - {""}}
+        for i, piece in enumerate(texts):
+            if piece.plain:
+                # Cut behind the first letter of each control token's name: read apart, the two are letters.
+                cut = self.control.sub(lambda name: f"{name[0][0]}\0{name[0][1:]}", piece.text).split("\0")
+                ids[i] = [token for part in self.ids(cut) for token in part]
+            elif piece.behind:
+                # Where letters have joined across the border, "]" and "(", the piece is read on its own.
+                start = behind[piece.behind]
+                ids[i] = ids[i][len(start):] if ids[i][:len(start)] == start else self.ids([piece.text])[0]
         return ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def load_language(name, prompt="auto", captions=False):
+def load_language(name, prompt="auto", captions=False, place="first"):
     """Folder or hub id of a language model -> Language."""
+    from chat import find_prompt
     from foreign import loading_options
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **loading_options(name))
@@ -137,7 +133,7 @@ def load_language(name, prompt="auto", captions=False):
         rows = AutoConfig.from_pretrained(name, **loading_options(name)).get_text_config().vocab_size
     except Exception:                               # only a check is lost; load_llm tells what is wrong
         rows = None
-    return Language(tokenizer, known_prompt(name, tokenizer) if prompt == "auto" else prompt, captions, rows)
+    return Language(tokenizer, find_prompt(prompt, name, tokenizer), captions, rows, place)
 
 
 class Piece(NamedTuple):
@@ -146,22 +142,25 @@ class Piece(NamedTuple):
     learn: bool = False
     ids: tuple = ()                                         # a robot's action
     plain: bool = False                                     # control tokens in it are text
+    # What stands in front of it. Some tokenizers read the start of a text in another way than the same words
+    # in its middle. So a piece is tokenised together with this text, whose ids are then left out.
+    behind: str = ""
 
     @property
     def is_picture(self):
         return not self.text and not self.ids
 
 
-def text_pieces(before, said, after, language, learn=False):
+def text_pieces(before, said, after, language, learn=False, behind=""):
     """What somebody said, between two texts of the format -> pieces.
 
     Usually one piece, tokenised as a whole. But only the format may write control tokens. Somebody who writes
     </s> or <|im_end|> could end a turn and forge the next; so such a text is read on its own, as letters.
     """
     if not language.control.search(said):
-        return [Piece(before + said + after, learn)]
-    texts = (before, False), (said, True), (after, False)
-    return [Piece(text, learn, plain=plain) for text, plain in texts if text]
+        return [Piece(before + said + after, learn, behind=behind)]
+    texts = (before, False, behind), (said, True, ""), (after, False, "")
+    return [Piece(text, learn, plain=plain, behind=b) for text, plain, b in texts if text]
 
 
 def to_pieces(example, language, ask=False, reply=()):
@@ -173,11 +172,13 @@ def to_pieces(example, language, ask=False, reply=()):
     Raises BadExample (without the place: the caller knows it).
 
     One picture stands at the very start, wherever its tag was: Prismatic (arXiv 2402.07865) found it best,
-    and a frozen language model sees pictures at one place only. Several pictures stand at their tags.
+    and a frozen language model sees pictures at one place only. Several pictures stand at their tags, and
+    with language.place "tag", as in LLaVA, one picture does, too.
     """
-    images, turns = images_of(example), turns_of(example)
-    prompt, space = language.prompt, "" if language.adds_space else " "
-    gap = space if prompt.before_reply.endswith(" ") else ""
+    images, turns, prompt = images_of(example), turns_of(example), language.prompt
+    at_start = len(images) == 1 and language.place == "first"
+    # What follows a picture or BOS is read as behind a control token; eos is one. And a turn follows `end`.
+    control, end = (language.tokenizer.eos_token, prompt.end) if prompt.in_place else ("", "")
     if language.captions:
         if len(images) != 1:
             raise BadExample(f"stage align needs exactly one picture per example, found {len(images)}")
@@ -188,22 +189,24 @@ def to_pieces(example, language, ask=False, reply=()):
         turns = turns[:-1]
     if not ask and turns[-1]["from"] == "human":
         raise BadExample("the last turn is from 'human', so its reply is missing. Add it, or drop the turn")
-    pieces = [Piece()] if len(images) == 1 else []
+    pieces = [Piece()] if at_start else []
     for i, turn in enumerate(turns):
         value = turn["value"].strip()
         if turn["from"] == "gpt" and reply and i == len(turns) - 1:
             pieces.append(Piece(ids=(*reply, language.end_id), learn=True))
         elif turn["from"] == "gpt":
-            pieces += text_pieces(gap if value else "", value, prompt.end, language, learn=True)
+            pieces += text_pieces(language.gap if value else "", value, prompt.end, language, learn=True,
+                                  behind=language.before_reply if prompt.in_place else "")
         else:
             opening = prompt.first if i == 0 else prompt.user
-            if len(images) == 1:
+            if at_start:
                 value = value.replace(TAG, "").strip()
-            for piece in text_pieces(opening, value, prompt.before_reply.rstrip(" "), language):
+            behind = end if i else control if pieces or language.bos else ""
+            for piece in text_pieces(opening, value, language.before_reply, language, behind=behind):
                 first, *rest = piece.text.split(TAG)
                 pieces += [piece._replace(text=first)] if first else []
                 for text in rest:
-                    pieces += [Piece(), piece._replace(text=text)] if text else [Piece()]
+                    pieces += ([Piece(), piece._replace(text=text, behind=control)] if text else [Piece()])
     return pieces
 
 

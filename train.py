@@ -54,6 +54,7 @@ from sampler import SplitModalitySampler
 
 def main(cfg):
     import owner
+    import report
     device, restarted = ranks.start()
     rank, run = dist.get_rank(), cfg.run_folder
     ranks.hold(owner.claim(cfg, run))   # the lock of this run: it has one writer
@@ -80,12 +81,13 @@ def main(cfg):
 
     # Writing files and printing is rank zero's work. Eight ranks would write eight times, into one file.
     if rank == 0:
-        print_opening(model, files[0], sampler, total, run, step)
+        report.opening(model, files[0], sampler, total, run, step)
         if policy:
             checkpoint.write_text(run / "dataset_statistics.json", json.dumps(policy.statistics, indent=2))
     bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage,
                dynamic_ncols=True)
-    about = {"parts": parts} | ({"actions": policy.saved()} if policy else {})
+    about = {"parts": parts, "prompt": files[0].language.prompt[:5]}    # as it was learned from a template
+    about |= {"actions": policy.saved()} if policy else {}
     watched = StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
     stop, stopped, saved = ranks.Stop(), False, step
     with bar, open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
@@ -127,7 +129,7 @@ def main(cfg):
     elif rank == 0:
         optimizer.state.clear()         # the score loads the model once more, in a process of its own
         model.free()
-        finish(cfg, run)
+        report.closing(cfg, run)
 
 
 # -- what the loop works on ----------------------------------------------------------------------------------
@@ -137,8 +139,8 @@ def load_data(cfg, device):
     -> its files, the policy of stage vla (how actions become tokens; else None), how pictures are read, a
     loader."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    language = load_language(cfg.llm_backbone, cfg.prompt, captions=cfg.stage == "align")
-    transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize)
+    language = load_language(cfg.llm_backbone, cfg.prompt, cfg.stage == "align", cfg.picture_place)
+    transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)
     pictures = Pictures(cfg.image_dir, transforms)
     if cfg.augment:
         import actions
@@ -210,27 +212,6 @@ def make_optimizer(model, cfg):
         [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
          {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
         lr=cfg.learning_rate, fused=True)                   # one kernel instead of several for each tensor
-
-
-def print_opening(model, file, sampler, total, run, step):
-    def sizes(trained):
-        counts = {name: sum(p.numel() for p in getattr(model, name).parameters()
-                            if p.requires_grad == trained) for name in PARTS}
-        return ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items() if count) or "nothing"
-    if step == total:
-        print(f"{run}: this run is finished, all {total:,} steps are done")
-        return
-    print(f"trains   {sizes(True)} · frozen {sizes(False)}")
-    print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x "
-          f"{sampler.accumulation} accumulated x {sampler.world_size} ranks · "
-          f"{len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
-          f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
-    from check import show
-    example = file[0]
-    if isinstance(example, BadExample):
-        raise example
-    shown = show(example["input_ids"].tolist(), example["labels"].tolist(), file.language.tokenizer)
-    print(f"sample 0 {config.printable(shown)}     (>> << is what the loss sees)", flush=True)
 
 
 # -- one step ------------------------------------------------------------------------------------------------
@@ -376,24 +357,6 @@ def save(run, step, model, optimizer, about, keep, forever=False):
             owner.forget(run)
     # Every rank must call barrier(). Inside the `if`, rank zero would wait for ever.
     ranks.barrier()
-
-
-def finish(cfg, run):
-    """Scores the held-out examples with the command that a user would type, and names the next step."""
-    if cfg.val_json:
-        command = ["evaluate.py", "--ckpt", str(run), "--json", cfg.val_json, "--image_dir", cfg.image_dir,
-                   "--out", str(run / "val.json")]
-        print(f"\nscore    python {' '.join(command)}", flush=True)
-        if subprocess.run([sys.executable, *command]).returncode:
-            print("the run itself is whole; when the score's error above is mended, give its command again")
-    own = "" if cfg.prepare else f" --train_json FILE --image_dir {cfg.image_dir}"
-    print(f"run      {run}")
-    if cfg.stage == "align":
-        print(f"next     torchrun train.py --stage finetune --ckpt {run}{own}")
-    elif cfg.stage == "vla" and cfg.prepare:
-        print(f"next     python toy/robot.py --ckpt {run} --rollouts 100")
-    else:
-        print(f"next     python generate.py --ckpt {run} --image FILE --prompt TEXT")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def write_examples(folder, rng, shorter, patches, words, texts):
 # -- ours ----------------------------------------------------------------------------------------------------
 
 def our_config(args):
-    from config import PRESETS, Config
+    from config import Config
+    from presets import PRESETS
     folder = Path(args.folder)
     return Config(stage=args.stage, no_align=args.stage == "finetune", vision_backbone=f"{folder}/vision",
                   llm_backbone=f"{folder}/llm", prompt="plain", train_json=f"{folder}/{args.stage}.json",

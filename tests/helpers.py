@@ -10,6 +10,7 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizer
                           SiglipVisionModel)
 
 from actions import Episodes
+from chat import PROMPTS
 from data import Conversations
 from images import ImageTransform, Pictures
 from prompts import Language
@@ -122,7 +123,7 @@ def opened(path, language, transforms=None, max_length=512, policy=None, augment
 
 def captioning(language):
     """The same tokenizer and prompt, as stage align reads examples."""
-    return Language(language.tokenizer, language.name, captions=True)
+    return Language(language.tokenizer, language.prompt, captions=True)
 
 
 def picture(path, color=(255, 0, 0), size=(12, 8)):
@@ -141,5 +142,5 @@ ROWS = [{"conversations": talk("What is it?", "A cat.")},
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def language(kind="gpt2", prompt="plain", add_bos=None):
-    return Language(make_tokenizer(kind, add_bos, chat=prompt == "chatml"), prompt)
+def language(kind="gpt2", prompt="plain", add_bos=None, place="first"):
+    return Language(make_tokenizer(kind, add_bos, chat=prompt == "chatml"), PROMPTS[prompt], place=place)

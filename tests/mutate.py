@@ -21,11 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # room -> test files that know its laws
-TESTS = {"config": "errors fuzz", "sampler": "sampler", "prompts": "prompts errors foreign",
+TESTS = {"config": "errors fuzz", "sampler": "sampler", "prompts": "prompts chat errors foreign",
          "images": "images errors foreign", "data": "data errors fuzz", "model": "model errors foreign",
          "checkpoint": "checkpoint errors fuzz", "train": "model train", "actions": "actions",
          "owner": "owner", "ranks": "train faults owner", "errors": "train faults",
-         "evaluate": "evaluate", "toy/world": "toy", "toy/robot": "toy_robot"}
+         "chat": "chat prompts", "weights": "convert", "llava": "convert", "openvla": "convert",
+         "convert": "convert", "evaluate": "evaluate", "toy/world": "toy", "toy/robot": "toy_robot"}
 SWAPS = {"+": "-", "-": "+", "*": "+", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
          "and": "or", "or": "and", "True": "False", "False": "True", "min": "max", "max": "min",
          "ceil": "floor", "any": "all", "all": "any", "//": "/", "not": ""}

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import actions as actions_module
 import check
+from chat import PROMPTS
 from actions import BINS, ActionTokens, compute_statistics, distort, end_of_actions
 from config import BadExample, UserError
 from data import collate
@@ -33,7 +34,7 @@ def episodes(count=3, steps=4, dimensions=3):
 
 def policy_and_data(folder, rows, kind="llama", **how):
     picture(folder / "a.png")
-    language = Language(make_tokenizer(kind, filler=300), "plain")
+    language = Language(make_tokenizer(kind, filler=300), PROMPTS["plain"])
     policy = ActionTokens(end_of_actions(language.tokenizer), {})
     data = dataset(folder, rows, language, policy=policy, **how)
     policy.learn_units(data)
@@ -147,7 +148,7 @@ def test_a_bad_episode_is_named(tmp_path, change, message):
 
 
 def test_conversations_and_episodes_are_not_mixed_up(tmp_path):
-    language = Language(make_tokenizer("llama", filler=300), "plain")
+    language = Language(make_tokenizer("llama", filler=300), PROMPTS["plain"])
     with pytest.raises(UserError, match="episodes are for --stage vla"):
         dataset(tmp_path, episodes(), language)
     with pytest.raises(UserError, match="must hold episodes only"):

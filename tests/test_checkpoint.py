@@ -373,6 +373,8 @@ def test_the_optimizer_comes_back_as_it_was(tmp_path):
 
 
 def test_nothing_is_pickled():
-    """Neither written nor read: a checkpoint from a stranger can't run code."""
+    """Neither written nor read: a checkpoint from a stranger can't run code. Of Prismatic's files, which are
+    pickles, only tensors are taken."""
+    unsafe = r"torch\.save\(|torch\.load\((?![^)]*weights_only=True)|import pickle|allow_pickle=True"
     for file in Path(checkpoint.__file__).parent.glob("*.py"):
-        assert not re.search(r"torch\.(save|load)\(|import pickle|allow_pickle=True", file.read_text()), file
+        assert not re.search(unsafe, file.read_text()), file

@@ -12,11 +12,12 @@ from helpers import (dataset, make_tokenizer, opened, picture, save_preprocessor
 from PIL import Image, features
 from safetensors.torch import save_file
 from torch import nn
-from transformers import ResNetConfig, ViTConfig
+from transformers import ResNetConfig, Siglip2Config, ViTConfig
 
 import checkpoint
 import config
 import train
+from chat import PROMPTS
 from check import CheckConfig
 from config import BadExample
 from data import Conversations
@@ -31,7 +32,7 @@ TWO = talk("<image> <image>\nWhat is it?", "A cat.")
 
 
 def language(kind="gpt2", prompt="plain", **special):
-    return Language(make_tokenizer(kind, **special), prompt)
+    return Language(make_tokenizer(kind, **special), PROMPTS[prompt])
 
 
 # -- one example in a file -----------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ def asked(question, pictures=0, stage="finetune", max_length=30):
     assistant = object.__new__(Assistant)
     assistant.cfg = type("Cfg", (), {"max_length": max_length})()
     assistant.transforms = [transform()]
-    assistant.language = Language(make_tokenizer("gpt2"), "plain", captions=stage == "align")
+    assistant.language = Language(make_tokenizer("gpt2"), PROMPTS["plain"], captions=stage == "align")
     return assistant.example(question, [Image.new("RGB", (5, 5))] * pictures)
 
 
@@ -465,6 +466,11 @@ def tokenizer_file(name, text):
     return make
 
 
+def saved_language(folder, prompt):
+    make_tokenizer("llama").save_pretrained(folder)
+    load_language(str(folder), prompt)
+
+
 def no_tokenizer(kind):
     """transformers makes one up that knows no word."""
     def make(folder):
@@ -488,6 +494,8 @@ BACKBONES = {   # kind: (what is done in an empty folder, what the sentence says
     "vision: no patches (ResNet)": (lambda folder: vision(with_config(folder, ResNetConfig)), FILES_OF),
     "vision: an unknown type": (lambda folder: load_vision(with_config(folder, ViTConfig)),
                                 "is of type 'vit'. Known types: clip,"),
+    "vision: SigLIP2 of any size (NaFlex)": (lambda folder: load_vision(with_config(folder, Siglip2Config)),
+                                             "is of type 'siglip2'. Known types: clip,"),
     "vision: a language model": (lambda folder: load_vision("toy/llm"), "is of type 'gpt2'. Known types: "),
     "vision: two with other patches": (other_patches, "must make the same number of patches, but "),
     "llm: nothing there": (lambda folder: load_language(str(folder)), NO_TOKENIZER),
@@ -498,7 +506,9 @@ BACKBONES = {   # kind: (what is done in an empty folder, what the sentence says
     "llm: broken settings": (tokenizer_file("tokenizer_config.json", "{"), NO_TOKENIZER),
     "llm: no end token": (lambda folder: language(eos_token=None),
                           "the tokenizer has no end-of-sequence token"),
-    "llm: chatml without its tokens": (lambda folder: language("llama", "chatml"),
+    "llm: no begin token": (lambda folder: language("qwen", "prismatic-phi"),
+                            "this --prompt begins with a begin-of-sequence token, but the tokenizer has"),
+    "llm: chatml without its tokens": (lambda folder: saved_language(folder, "chatml"),
                                        "--prompt chatml needs a tokenizer that has <|im_end|> as one token"),
 }
 

@@ -2,11 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import save_preprocessor, save_vision, square, transform
-from PIL import Image
-from transformers import CLIPConfig
+from helpers import dataset, language, save_preprocessor, save_vision, square, talk, transform
+from PIL import Image, ImageOps
+from transformers import CLIPConfig, CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
-from images import load_image_transforms
+from config import BadExample
+from images import load_image_transforms, read_image
 
 
 def red(resize, image, size, mean=(0.5,) * 3):
@@ -42,6 +43,92 @@ def test_a_letterbox_is_filled_with_the_mean_color_which_becomes_zero():
 def test_a_picture_of_any_shape_becomes_square(resize, size):
     assert transform(resize)(Image.new("RGB", size)).shape == (3, 16, 16)
 
+
+# -- as transformers does it ---------------------------------------------------------------------------------
+
+HALF = (0.5,) * 3, (0.5,) * 3
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KINDS = ("resize-naive", "resize-crop", "letterbox")
+SIZES = [(37, 53), (53, 37), (1, 9), (9, 1), (224, 225), (640, 427), (300, 300), (16, 16), (1, 1)]
+
+
+def of_transformers(resize, image, size, colors=HALF, resample=3):
+    """SigLIP's processor squashes, CLIP's cuts the longer side, LLaVA's pads (on Pillow)."""
+    square, about = {"height": size, "width": size}, {"image_mean": colors[0], "image_std": colors[1]}
+    processor = {"resize-naive": lambda: SiglipImageProcessorPil(size=square, resample=resample, **about),
+                 "resize-crop": lambda: CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square,
+                                                              resample=resample, **about),
+                 "letterbox": lambda: LlavaImageProcessorPil(do_pad=True, size=square, do_center_crop=False,
+                                                             resample=resample, **about)}[resize]()
+    return processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def noise(size):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+
+
+@pytest.mark.parametrize("resize", KINDS)
+@pytest.mark.parametrize("size", [16, 27, 224])
+@pytest.mark.parametrize("colors", [HALF, CLIP, IMAGENET])
+def test_each_way_equals_the_processors_of_transformers_bit_for_bit(resize, size, colors):
+    for shape in SIZES:
+        for resample in (2, 3):                             # bilinear, bicubic
+            ours = transform(resize, size, 1, *colors, resample)(noise(shape))
+            assert torch.equal(ours, of_transformers(resize, noise(shape), size, colors, resample)), shape
+
+
+def test_a_picture_resized_before_it_is_padded_would_be_caught():
+    wide = noise((640, 427))
+    padded = ImageOps.pad(wide, (224, 224), Image.Resampling.BICUBIC, color=(127,) * 3)
+    assert not torch.equal(transform("resize-naive", 224)(padded), of_transformers("letterbox", wide, 224))
+
+
+def saved(pixels):
+    def make(folder):
+        Image.fromarray(pixels).save(folder / "a.png")
+        return folder / "a.png"
+    return make
+
+
+def rotated(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # hold it turned to the right
+    noise((37, 53)).save(folder / "a.png", exif=exif)
+    return folder / "a.png"
+
+
+GREY = np.random.default_rng(1).integers(0, 256, (53, 37), np.uint8)
+RED = np.dstack([np.full_like(GREY, 255), GREY * 0, GREY * 0])
+FILES = {       # kind: (how the file is made, the pixels that a person sees)
+    "transparent": (saved(np.dstack([RED, np.where(GREY < 99, 0, 255).astype(np.uint8)])),
+                    np.where(GREY[..., None] < 99, np.uint8(255), RED)),
+    "grey": (saved(GREY), np.dstack([GREY] * 3)),
+    "16 bit": (saved(GREY.astype(np.uint16) * 256 + 77), np.dstack([GREY] * 3)),
+    "rotated by EXIF": (rotated, np.rot90(np.array(noise((37, 53))), k=-1))}
+
+
+@pytest.mark.parametrize("resize", KINDS)
+@pytest.mark.parametrize("kind", FILES)
+def test_a_picture_file_equals_what_transformers_makes_of_what_a_person_sees(kind, resize, tmp_path):
+    make, seen = FILES[kind]
+    ours = transform(resize, 24, 8, *CLIP)(read_image(make(tmp_path)))
+    assert torch.equal(ours, of_transformers(resize, Image.fromarray(np.ascontiguousarray(seen)), 24, CLIP))
+
+
+@pytest.mark.parametrize("resize,size", [("resize-crop", (1, 100_000)), ("resize-crop", (100_000, 1)),
+                                         ("letterbox", (1, 40_000)), ("letterbox", (40_000, 1))])
+def test_a_picture_so_narrow_that_it_would_take_gigabytes_is_a_bad_example(resize, size, tmp_path):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    row = {"image": "a.png", "conversations": talk("<image>\nWhat is it?", "A line.")}
+    error = dataset(tmp_path, [row], language(), [transform(resize, 224, 16)])[0]
+    assert isinstance(error, BadExample)
+    assert f"a picture of {size[0]} x {size[1]} pixels is too narrow for {resize}" in str(error)
+    naive = dataset(tmp_path, [row], language(), [transform("resize-naive", 224, 16)])[0]
+    assert naive["images"][0][0].shape == (3, 224, 224)
+
+
+# -- sizes and colors ----------------------------------------------------------------------------------------
 
 def test_pixels_are_normalized_by_mean_and_std():
     view = transform(mean=(0.5, 0.0, 1.0), std=(0.5, 0.25, 2.0))(Image.new("RGB", (3, 3), (255, 255, 0)))

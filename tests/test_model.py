@@ -8,18 +8,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import save_preprocessor, square
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model,
-                          Dinov2WithRegistersConfig, Dinov2WithRegistersModel, GPT2Config, GPT2LMHeadModel,
-                          LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
-                          OPTConfig, OPTForCausalLM, SiglipVisionConfig, SiglipVisionModel)
+from transformers import (AutoModelForCausalLM, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel,
+                          CohereConfig, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig,
+                          Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel, FalconH1Config,
+                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, GPT2LMHeadModel,
+                          GPTNeoXConfig, GraniteConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig,
+                          LlavaForConditionalGeneration, MistralConfig, Olmo2Config, OPTConfig,
+                          OPTForCausalLM, Phi3Config, PhiConfig, Qwen2Config, Qwen3Config, SiglipConfig,
+                          SiglipModel, SiglipVisionConfig, SiglipVisionModel, SmolLM3Config)
 
 import checkpoint
-from config import TRAINS
+from config import TRAINS, UserError
 from data import collate
 from generate import Assistant
-from model import PARTS, VLM, VisionBackbone, blocks, load_vision, make_projector
+from images import load_image_transforms
+from model import PARTS, VLM, VisionBackbone, blocks, load_llm, load_vision, make_projector
 from prompts import IGNORE, IMAGE
 from train import count_together, right_tokens, train_step
 
@@ -30,8 +37,9 @@ VISION = {"clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZE)),
           "siglip-head": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZE)),
           "dinov2": lambda: Dinov2Model(Dinov2Config(**{**SIZE, "intermediate_size": None}, mlp_ratio=2)),
           "dinov2-registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
-              **{**SIZE, "intermediate_size": None}, mlp_ratio=2, num_register_tokens=4))}
-SKIP = {"clip": 1, "siglip": 0, "siglip-head": 0, "dinov2": 1, "dinov2-registers": 5}
+              **{**SIZE, "intermediate_size": None}, mlp_ratio=2, num_register_tokens=4)),
+          "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**SIZE, num_register_tokens=4))}
+SKIP = {"clip": 1, "siglip": 0, "siglip-head": 0, "dinov2": 1, "dinov2-registers": 5, "dinov3": 5}
 VOCABULARY, PATCHES = 97, 4
 
 
@@ -110,6 +118,39 @@ def test_two_backbones_stand_side_by_side_on_the_channel_axis():
 def test_every_vision_kind_loads_from_its_folder(kind, tmp_path):
     VISION[kind]().save_pretrained(tmp_path)
     assert load_vision(str(tmp_path))([torch.zeros(1, 3, 16, 16)]).shape == (1, PATCHES, 32)
+
+
+FIT = {"interpolate_pos_encoding": True}
+TEXT = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2}
+# kind: (a model as the hub has it, its type, positions in front of the patches, how it fits another size)
+FOLDERS = {
+    "CLIP": (lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=SIZE)), "clip", 1, FIT),
+    "SigLIP, SigLIP2": (lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=SIZE)), "siglip", 0,
+                        FIT),
+    "DINOv2": (VISION["dinov2"], "dinov2", 1, {}),
+    "DINOv2 with registers": (VISION["dinov2-registers"], "dinov2_with_registers", 5, {}),
+    "DINOv3": (VISION["dinov3"], "dinov3_vit", 5, {})}
+
+
+@pytest.mark.parametrize("size", [16, 24, 40])              # its own, and two others
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_gives_the_features_of_the_untouched_model(kind, size, tmp_path):
+    torch.manual_seed(0)
+    make, name, skip, fit = FOLDERS[kind]
+    model = make().eval()
+    model.save_pretrained(tmp_path)
+    folder = save_preprocessor(tmp_path, square(size))
+    assert model.config.model_type == name
+    transform, = load_image_transforms(folder, "resize-naive")
+    pixels = transform(Image.effect_noise((50, 30), 99).convert("RGB"))[None]
+    with torch.no_grad():
+        features = load_vision(folder)([pixels])
+        tower = getattr(model, "vision_model", model)
+        *_, second_to_last, last = tower(pixels, output_hidden_states=True, **fit).hidden_states
+    assert features.shape == (1, transform.patches, 32) and transform.patches == (size // 8) ** 2
+    assert torch.equal(features, second_to_last[:, skip:])
+    assert not torch.equal(features, last[:, skip:])
 
 
 @pytest.mark.parametrize("stage,parts", [("align", {"projector"}), ("finetune", {"projector", "llm"}),
@@ -392,3 +433,99 @@ def test_tied_weights_are_saved_once_and_come_back_tied(tmp_path):
     checkpoint.load_weights(other, folder)
     assert torch.equal(other.llm.lm_head.weight, model.llm.transformer.wte.weight)
     assert other.llm.lm_head.weight is other.llm.transformer.wte.weight
+
+
+# -- language models -----------------------------------------------------------------------------------------
+
+LLM = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+           num_attention_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+GROUPED = LLM | {"num_key_value_heads": 1}
+MAMBA = GROUPED | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
+LLMS = {
+    "Llama, Vicuna": lambda: LlamaConfig(**GROUPED),
+    "Llama 3.2, SmolLM, SmolLM2": lambda: LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "SmolLM3": lambda: SmolLM3Config(**GROUPED),
+    "Mistral": lambda: MistralConfig(**GROUPED),
+    "Qwen2, Qwen2.5": lambda: Qwen2Config(**GROUPED),
+    "Qwen3": lambda: Qwen3Config(**GROUPED, head_dim=16),
+    "Gemma": lambda: GemmaConfig(**GROUPED, head_dim=16),
+    "Gemma 3": lambda: Gemma3TextConfig(**GROUPED, head_dim=16),
+    "Phi-1, Phi-2": lambda: PhiConfig(**LLM),
+    "Phi-3, Phi-4": lambda: Phi3Config(**GROUPED),
+    "GPT-2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0,
+                                embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2),
+    "GPT-NeoX, Pythia": lambda: GPTNeoXConfig(**LLM),
+    "OLMo 2": lambda: Olmo2Config(**GROUPED),
+    "OPT": lambda: OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+                             num_attention_heads=2, word_embed_proj_dim=32, dropout=0, attention_dropout=0),
+    "Granite without scaling": lambda: GraniteConfig(**GROUPED, embedding_multiplier=12.0)}
+OUTSIDE = {     # what these do to a logit or an embedding, neither `loss_of` nor `embed` would do
+    "Gemma 2": lambda: Gemma2Config(**GROUPED, head_dim=16, initializer_range=0.2,
+                                    final_logit_softcapping=30.0),
+    "Command R": lambda: CohereConfig(**GROUPED, logit_scale=0.0625),
+    "Granite": lambda: GraniteConfig(**GROUPED, logits_scaling=8.0),
+    "Falcon-H1": lambda: FalconH1Config(**MAMBA, lm_head_multiplier=0.5, embedding_multiplier=1.0),
+    "Falcon-H1, of its embeddings": lambda: FalconH1Config(**MAMBA, lm_head_multiplier=1.0,
+                                                           embedding_multiplier=5.0)}
+
+
+def saved_llm(config, folder):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_a_language_model_of_each_kind_learns_answers_and_has_its_own_loss(kind, tmp_path):
+    llm = load_llm(saved_llm(LLMS[kind](), tmp_path))
+    vision = VisionBackbone([VISION["siglip"]()])
+    model = VLM(vision, make_projector("gelu-mlp", 32, llm.get_input_embeddings().embedding_dim), llm)
+    model.set_trained(TRAINS["finetune"].split(","))
+    text, = batches([4], pictures=0)
+    with torch.no_grad():
+        ours, guessed = model.eval()(text["input_ids"], text["labels"], [])
+        logits = llm(text["input_ids"], attention_mask=text["attention_mask"]).logits[:, :-1]
+    learned = text["labels"][:, 1:] != IGNORE
+    want = cross_entropy(logits[learned], text["labels"][:, 1:][learned], reduction="sum")
+    assert_close(ours, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(guessed, logits[learned].argmax(-1))
+    model.train()
+    grads = gradients(model, batches([2, 2]))
+    assert grads.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.use_recomputing()
+    assert_same_gradients(gradients(model, batches([2, 2])), grads)
+    assistant = object.__new__(Assistant)
+    assistant.device, assistant.model = torch.device("cpu"), model.eval()
+    assistant.language = SimpleNamespace(end_id=2)
+    assert assistant.answer_ids([example(0), example(5)], max_new_tokens=3) == [
+        likeliest(model, example(i), 3) for i in (0, 5)]
+
+
+@torch.no_grad()
+def likeliest(model, example, steps):
+    """Token by token, without a cache."""
+    pixels = [torch.stack(views) for views in zip(*example["images"])]
+    new, x = [], model.embed(example["input_ids"][None], pixels)
+    while len(new) < steps and 2 not in new:
+        new.append(int(model.llm(inputs_embeds=x).logits[0, -1].argmax()))
+        x = torch.cat([x, model.llm.get_input_embeddings()(torch.tensor([[new[-1]]]))], 1)
+    return new
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_a_language_model_that_changes_logits_or_embeddings_on_its_way_is_refused(kind, dtype, tmp_path):
+    folder = saved_llm(OUTSIDE[kind](), tmp_path)
+    with pytest.raises(UserError, match=f"{folder} changes its logits behind the output layer, or its embed"):
+        load_llm(folder, dtype)
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_a_language_model_that_does_not_is_the_same_bit_for_bit_in_bf16(kind, tmp_path):
+    """So no rounding can have it refused. Logits of many sizes, as trained weights give them."""
+    config = LLMS[kind]()
+    config.initializer_range = 0.3
+    llm, ids = load_llm(saved_llm(config, tmp_path), torch.bfloat16), torch.arange(4)[None]
+    with torch.no_grad():
+        states = llm.base_model(inputs_embeds=llm.get_input_embeddings()(ids)).last_hidden_state
+        assert torch.equal(llm.get_output_embeddings()(states), llm(ids).logits)
