@@ -1,0 +1,224 @@
+"""Official weights in, Hugging Face folders out.
+
+    python convert.py --from SOURCE --out FOLDER            # SOURCE becomes a run that --ckpt takes
+    python convert.py --ckpt RUN --to llava --out FOLDER    # a run becomes a folder that transformers reads
+    python convert.py --ckpt RUN --to openvla --out FOLDER  # a policy becomes a folder that vLLM serves
+
+SOURCE is a run folder of Prismatic (or the .pt file in it), a folder of OpenVLA, or one of llava-hf. Both of
+its backbones become folders inside of FOLDER. What is read is tensors and JSON; no code of theirs is run.
+What the forms are stands in llava.py and openvla.py, what others call the same tensor in weights.py.
+"""
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, get_args
+
+from config import Config, UserError, knob, parse
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    from_: str = knob("", "Prismatic run folder or .pt file, OpenVLA folder, or llava-hf folder")
+    ckpt: str = knob("", "run folder or step folder that goes out")
+    to: Literal["", "llava", "openvla"] = knob("", "the form in which --ckpt goes out")
+    out: str = knob("", "new folder for the result")
+    bf16: bool = knob(False, "--to: write all weights in bfloat16: half the size; answers can change a word")
+    vision_backbone: str = knob(
+        "", "Prismatic without vision weights: folders or hub ids of the towers; empty = the official ones")
+    llm_backbone: str = knob(
+        "", "Prismatic: folder or hub id of its language model, for tokenizer and shapes; empty = by name")
+    prompt: Literal[("", *get_args(Config.__annotations__["prompt"]))] = knob(
+        "", "--from: the prompt format of the run; empty = what the source was trained with")
+
+    def __post_init__(self):
+        if bool(self.from_) == bool(self.ckpt) or bool(self.ckpt) != bool(self.to) or not self.out:
+            raise UserError("give --from SOURCE --out FOLDER, or --ckpt RUN --to llava|openvla --out FOLDER")
+        if Path(self.out).exists():
+            raise UserError(f"--out {self.out} exists. Name a new folder")
+
+
+if __name__ == "__main__":
+    cfg = parse(ConvertConfig, description="Official weights in, Hugging Face folders out.")
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import chat
+import checkpoint
+import llava
+import openvla
+import ranks
+import weights
+from config import read_config
+from images import load_image_transforms
+from model import VISION_MODELS, VLM, load_llm, load_vision, make_projector
+from prompts import Language, load_language
+
+# -- in ------------------------------------------------------------------------------------------------------
+
+def read_source(cfg):
+    """The kind of --from is told by its config.json."""
+    source = Path(cfg.from_)
+    if source.suffix == ".pt":
+        return openvla.read_prismatic(source, source.parent.parent, cfg)
+    settings = weights.read_json(source / "config.json")
+    if settings.get("model_type") == "llava":
+        return llava.read(source, settings, cfg)
+    if settings.get("model_type") in ("openvla", "prismatic"):
+        return openvla.read(source, settings, cfg)
+    files = sorted((source / "checkpoints").glob("*.pt"))
+    latest = source / "checkpoints/latest-checkpoint.pt"
+    if files and ("model" in settings or "vla" in settings):
+        return openvla.read_prismatic(latest if latest.exists() else files[-1], source, cfg)
+    raise UserError(f"--from {source} is no folder of LLaVA (llava-hf) or OpenVLA, and no run folder of "
+                    f"Prismatic with checkpoints/*.pt; its model_type is {settings.get('model_type')!r}")
+
+
+def fitting(model, pairs, what):
+    """Passes on the tensors of a part, after it has compared each with the model of the part's config, which
+    takes no memory (torch's meta device). Raises UserError where one is missing, surplus or of another shape.
+    """
+    state = model.state_dict(keep_vars=True)
+    found = set()
+    for name, tensor in pairs:
+        if name.endswith("rotary_emb.inv_freq"):            # older files keep it; it is computed now
+            continue
+        if name not in state or state[name].shape != tensor.shape:
+            raise UserError(f"{what}: {name} is {tuple(tensor.shape)}, the model of its config has "
+                            f"{tuple(state[name].shape) if name in state else 'no such tensor'}")
+        found.add(name)
+        yield name, tensor
+    there = {state[name] for name in found}                 # a tied tensor has two names
+    missing = [name for name in state if state[name] not in there]
+    if missing:
+        raise UserError(f"{what}: {len(missing)} tensors are missing, such as {missing[0]}")
+
+
+def empty_model(cls, config):
+    with torch.device("meta"):
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def write_tower(folder, config, tensors, preprocessor):
+    folder.mkdir()
+    kind = config["model_type"]
+    config = AutoConfig.for_model(**config)
+    config.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1))
+    cls = VISION_MODELS[kind][0]
+    model = empty_model(AutoModel if cls is AutoModel else cls, config)
+    pairs = tensors.items() if isinstance(tensors, dict) else tensors
+    weights.write_shards(folder, fitting(model, pairs, f"vision tower {kind}"))
+
+
+def write_llm(folder, config, tokenizer, tensors):
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = empty_model(AutoModelForCausalLM, config)
+    weights.write_shards(folder, fitting(model, tensors, "language model"))
+
+
+def bring_in(cfg):
+    """--from -> a run folder in which the weights lie once: the backbones' as folders, as they came, and the
+    projector's as its step 0."""
+    source, out = read_source(cfg), Path(cfg.out).resolve()
+    towers = ["vision" if i == 0 else f"vision-{i + 1}" for i in range(len(source.towers))]
+    own_llm = not isinstance(source.llm, str)
+    settings = Config(**source.settings, vision_backbone=",".join(str(out / name) for name in towers),
+                      llm_backbone=str(out / "llm") if own_llm else source.llm, ckpt=str(cfg.from_),
+                      train_json=str(cfg.from_), image_dir=".")
+    tokenizer = source.llm[1] if own_llm else weights.load_tokenizer(source.llm)
+    language = Language(tokenizer, chat.find_prompt(settings.prompt, settings.llm_backbone, tokenizer))
+    state = {"parts": ["projector"], "forever": True, "prompt": language.prompt[:5]}
+    state |= {"actions": source.actions} if source.actions else {}
+    with weights.whole(out) as run:
+        for name, tower in zip(towers, source.towers):
+            write_tower(run / name, *tower)
+        if own_llm:
+            write_llm(run / "llm", *source.llm)
+        started = {"started": f"{time.strftime('%F %T')} imported"}
+        checkpoint.write_text(run / "config.json", json.dumps(asdict(settings) | started, indent=2))
+        projector = {name: tensor.contiguous() for name, tensor in source.projector.items()}
+        checkpoint.save(run, 0, projector, {"random.0": torch.get_rng_state()}, state, keep=1)
+    print(f"run      {out}   (prompt {settings.prompt}, {settings.image_resize}, one picture stands "
+          f"{'first' if settings.picture_place == 'first' else 'at its tag'})")
+    print(f"next     python generate.py --ckpt {cfg.out} --image FILE --prompt TEXT")
+
+
+# -- out -----------------------------------------------------------------------------------------------------
+
+def send_out(ckpt, kind, out, bf16=False):
+    """Writes `out`, loads it and compares, before it gets its name. Raises UserError where something can't be
+    the same there, before anything is written."""
+    run, form = load_run(ckpt), {"llava": llava, "openvla": openvla}[kind]
+
+    def wrong(what):
+        return UserError(f"--to {kind}: {ckpt} {what}")
+    if run.cfg.augment:
+        raise wrong("was trained with --augment: it must be shown the central 90 % of a picture, and no "
+                    "folder can tell its user to cut it out")
+    if not run.language.tokenizer.is_fast:
+        raise wrong("has a tokenizer that is no tokenizer.json")
+    if getattr(run.model.llm.get_output_embeddings(), "bias", None) is not None:
+        raise wrong("has a language model with a bias in its output layer, which this form has no place for")
+    form.refuse(run, wrong)
+    if bf16:                            # not model.to(): it would round the angles of rotary positions, too
+        for parameter in run.model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    with weights.whole(out.resolve()) as folder:
+        image_id = form.write(run, folder)
+        text = card(run, form, out.name, "{difference}")    # now: after the check the run's weights are gone
+        difference = form.compare(run, folder, image_id)
+        (folder / "README.md").write_text(text.replace("{difference}", difference))
+    print(f"folder   {out}   ({difference})")
+
+
+def load_run(ckpt):
+    """All parts of a run, each in the precision that it has on disk. Nothing is rounded on its way out."""
+    cfg, step = read_config(ckpt), checkpoint.find(ckpt)
+    saved = weights.Tensors(step)
+    dtype = {name.split(".")[0]: saved[name].dtype for name in saved}
+    vision = load_vision(cfg.vision_backbone, dtype.get("vision", "auto"), cfg.openvla_vision)
+    llm = load_llm(cfg.llm_backbone, dtype.get("llm", "auto"))
+    projector = make_projector(cfg.projector, vision.width, llm.get_input_embeddings().embedding_dim)
+    model = VLM(vision, projector.to(dtype["projector"]), llm).eval().requires_grad_(False)
+    checkpoint.load_weights(model, step)
+    language = load_language(cfg.llm_backbone, cfg.prompt, cfg.stage == "align", cfg.picture_place)
+    transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)
+    return SimpleNamespace(ckpt=ckpt, cfg=cfg, step=step, model=model, language=language,
+                           transforms=transforms, actions=checkpoint.read_state(step).get("actions"))
+
+
+def card(run, form, name, difference):
+    """README.md: what it is, how it was trained, and the lines that use it."""
+    cfg = run.cfg
+    size = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    towers, llm, data = map(weights.base_name, (cfg.vision_backbone, cfg.llm_backbone, cfg.train_json))
+    return f"""---
+library_name: {form.LIBRARY}
+pipeline_tag: {form.TASK}
+---
+# {name}
+
+- Vision: {towers}. Projector: {cfg.projector}. Language model: {llm}.
+- {size / 1e9:.2g} GB in {weights.dtype_of(run.model)}. Pictures: {cfg.image_resize}.
+- Stage `{cfg.stage}` on {data}, {checkpoint.read_state(run.step)["step"]} steps.
+- Global batch {cfg.global_batch_size}, learning rate {cfg.learning_rate:g}.
+
+Checked when it was written: {difference}.
+
+{form.USE.format(folder=name, **form.about(run))}"""
+
+
+def main(cfg):
+    if cfg.from_:
+        bring_in(cfg)
+    else:
+        send_out(cfg.ckpt, cfg.to, Path(cfg.out), cfg.bf16)
+
+
+if __name__ == "__main__":
+    ranks.run(main, cfg)
