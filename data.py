@@ -5,12 +5,9 @@ A file is a JSON list of examples, or one example per line; what an example look
 
     DataLoader(Conversations(...), batch_sampler=SplitModalitySampler(...), collate_fn=collate)
 """
-import hashlib
 import json
 import os
 import re
-import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +17,6 @@ from tqdm import tqdm
 from config import BadExample, UserError, printable
 from prompts import IGNORE, assemble, images_of, to_pieces, tokenize
 
-KEEP_EVERY = 60                                             # seconds between two savings of what is counted
-LENGTHS = 3                                                 # raise it when examples become other ids
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -87,6 +82,7 @@ class Conversations(torch.utils.data.Dataset):
     """
 
     def __init__(self, path, language, pictures, max_length, skip_bad=False):
+        import lengths
         self.path, self.language, self.pictures = Path(path), language, pictures
         self.max_length, self.skip_bad = max_length, skip_bad
         if not self.path.is_file():                         # opening a named pipe would wait for ever
@@ -95,8 +91,8 @@ class Conversations(torch.utils.data.Dataset):
         self.state = self.path.stat().st_size, self.path.stat().st_mtime_ns
         # What it is called where several files are told apart: most training files are named train.json.
         self.name = self.path.parent.name if self.path.stem == "train" else self.path.stem
-        self.kept = self._cache_file()
-        self.cache, _ = self._load(self.kept) or (None, 0)  # (n, 5) places, length (0 = bad), has picture
+        self.store = lengths.Store(self)
+        self.cache = self.store.load()                      # (n, 5) places, length (0 = bad), has picture
         self.places = find_examples(path, self.examples_in) if self.cache is None else self.cache[:, :3]
 
     @staticmethod
@@ -196,15 +192,14 @@ class Conversations(torch.utils.data.Dataset):
     def lengths(self):
         """-> lengths (n,) in positions, has_image (n,). Exact: every text is tokenised.
 
-        Kept in a file beside the data. The file's name holds a hash of everything that the lengths depend on,
-        so an old one is never taken for a new one. Raises BadExample for the first example that can't be
-        trained on; with skip_bad it gets the values of the next good one.
+        They are kept in a file beside the data (lengths.py). Raises BadExample for the first example that
+        can't be trained on; with skip_bad it gets the values of the next good one.
         """
         if self.cache is None:
-            self.cache, _ = self._load(self.kept) or (None, 0)      # by now another rank may have counted
+            self.cache = self.store.load()                  # by now another rank may have counted
         if self.cache is None:
             self.cache = np.column_stack([self.places, self._count()])
-            self._keep(self.kept, self.cache, len(self))
+            self.store.save(self.cache)
         lengths, has_image = self.cache[:, 3].copy(), self.cache[:, 4].astype(bool)
         good = np.flatnonzero(lengths)
         if len(good) < len(lengths):
@@ -218,17 +213,13 @@ class Conversations(torch.utils.data.Dataset):
     def _count(self):
         """-> (n, 2) length and has picture, length 0 where the example is bad.
 
-        In chunks: the tokenizer is fast when it gets many texts at once. Once a minute, what is counted is
-        kept, so that a start that is killed does not begin again.
+        In chunks: the tokenizer is fast when it gets many texts at once.
         """
-        so_far, chunk, kept = self.kept.with_suffix(".counting.npy"), 1000, time.monotonic()
-        rows, done = self._load(so_far) or (None, 0)
-        counted = np.zeros((len(self), 2), np.int64) if rows is None else rows[:, 3:].copy()
+        rows, done = self.store.load_counting() or (None, 0)
+        counted, chunk = np.zeros((len(self), 2), np.int64) if rows is None else rows[:, 3:].copy(), 1000
         for start in tqdm(range(done, len(self), chunk), desc="counting tokens", unit_scale=chunk,
                           disable=len(self) < 10000):
-            if time.monotonic() > kept + KEEP_EVERY:
-                self._keep(so_far, np.column_stack([self.places, counted]), start)
-                kept = time.monotonic()
+            self.store.save_counting(np.column_stack([self.places, counted]), start)
             indices, pieces = range(start, min(start + chunk, len(self))), []
             for i in indices:
                 try:
@@ -244,7 +235,6 @@ class Conversations(torch.utils.data.Dataset):
                                   any(piece.is_picture for piece in row))
                 except BadExample as e:
                     self._bad(i, e)
-        so_far.unlink(missing_ok=True)
         return counted
 
     def _bad(self, i, error):
@@ -256,37 +246,6 @@ class Conversations(torch.utils.data.Dataset):
 
     def _length(self, pieces, texts):
         return len(assemble(pieces, texts, self.language.bos, self.pictures.patches, self.max_length)[0])
-
-    def _cache_file(self):
-        with open(self.path, "rb") as file:
-            h = hashlib.file_digest(file, "sha256")
-        tokenizer = self.language.tokenizer
-        rules = (tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast
-                 else repr(sorted(tokenizer.get_vocab().items())))
-        h.update(repr((rules, self.language.prompt, self.language.bos, self.language.captions,
-                       self.language.place, self.pictures.patches, self.max_length, tokenizer.eos_token,
-                       self.language.rows, type(self).__name__, LENGTHS)).encode())
-        return self.path.with_name(f".{self.path.name}.{h.hexdigest()[:16]}.lengths.npy")
-
-    def _load(self, file):
-        """-> rows (n, 5), how many of them are counted; None if the file is not there, or not whole."""
-        try:
-            # One array, so forked workers share its memory. The last row holds the count and a checksum.
-            rows = np.load(file, allow_pickle=False) if file.is_file() else None
-            if rows.shape[1:] == (5,) and rows.dtype == np.int64 and zlib.crc32(rows[:-1]) == rows[-1, 4]:
-                return rows[:-1], int(rows[-1, 0])
-        except Exception:                                   # of the many kinds that numpy raises
-            pass
-        return None
-
-    def _keep(self, file, rows, done):
-        unfinished = file.with_suffix(f".unfinished{os.getpid()}.npy")
-        try:
-            np.save(unfinished, np.vstack([rows, [[done, 0, 0, 0, zlib.crc32(rows)]]]))
-            unfinished.replace(file)
-        except OSError as e:                                # a folder one may not write into
-            print(f"the token counts can't be kept beside {self.path} ({e.strerror}); "
-                  "the next start counts again")
 
 
 def collate(examples):

@@ -195,7 +195,7 @@ def test_a_large_file_is_not_kept_in_memory_and_no_worker_copies_it(tmp_path):
     assert (tmp_path / "d.json").stat().st_size > 20e6
     data = opened(tmp_path / "d.json", language())
     data.cache = np.column_stack([data.places, np.ones((20_000, 2), np.int64)])     # not counted: it is slow
-    data._keep(data.kept, data.cache, len(data))
+    data.store.save(data.cache)
     data = opened(tmp_path / "d.json", data.language)
     assert isinstance(data.cache, np.ndarray) and data.places.base is not None      # no list of objects
     assert grows_by(lambda: all(data.row(i) for i in range(len(data)))) < 6e6      # Python itself, 3 MB
@@ -244,7 +244,7 @@ def test_a_count_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     lang = language()
     counting = dataset(tmp_path, rows, lang)
     calls, tokenize = [], Language.piece_ids
-    monkeypatch.setattr("data.KEEP_EVERY", -1)
+    monkeypatch.setattr("lengths.KEEP_EVERY", -1)
 
     def killed_in_the_third_chunk(self, pieces):
         calls.append(1)
