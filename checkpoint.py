@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-
 import config
 import ranks
 from config import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+          torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8"}                  # safetensors' words
 
 # -- a step folder: find -------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
         unfinished.mkdir()              # without parents: a run folder that was moved away is not made anew
         files = {}
         for name, tensors in zip(FILES, (model_tensors, optimizer_tensors)):
-            save_file(tensors, unfinished / name)
+            write_tensors(unfinished / name, tensors)
             flush(unfinished / name)
             with open(unfinished / name, "rb") as file:
                 files[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(),
@@ -282,8 +282,41 @@ def tensors_of(module, parts):
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name.split(".")[0] in parts and tensor not in seen:
             seen.add(tensor)
-            tensors[name] = tensor.detach().cpu().contiguous()
+            tensors[name] = tensor.detach()
     return tensors
+
+
+def whole(tensor):
+    """A tensor of which each rank may hold a slice (--shard). Then all ranks must call this together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def in_file_order(tensors):
+    """Names, the widest type first, as safetensors has them: so each tensor starts where its type wants."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def give_slices(*files):
+    """What the other ranks do while rank zero writes: it gathers one tensor after the other."""
+    for tensors in files:
+        for name in in_file_order(tensors):
+            whole(tensors[name])
+
+
+def write_tensors(file, tensors):
+    """A safetensors file. Unlike its own save_file, this holds one whole tensor in memory at a time: weights
+    and moments of 7 billion parameters are 84 GB."""
+    head, end = {}, 0
+    for name in in_file_order(tensors):
+        start, end = end, end + tensors[name].nbytes
+        head[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                      "data_offsets": [start, end]}
+    head = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    with open(file, "wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for name in in_file_order(tensors):
+            out.write(whole(tensors[name]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def load_weights(model, step_folder):
@@ -291,32 +324,41 @@ def load_weights(model, step_folder):
     Strict: every tensor of a part must be there, in its shape."""
     file = Path(step_folder) / "model.safetensors"
     try:
-        saved = load_file(file)
+        saved = tensors_in(file)
+        parts = {name.split(".")[0] for name in saved} | set(read_state(step_folder)["parts"])
+        wanted = tensors_of(model, parts)
+        wrong = ([f"missing {name}" for name in wanted if name not in saved]
+                 + [f"surplus {name}" for name in saved if name not in wanted]
+                 + [f"{name} is {tuple(saved[name])}, the model has {tuple(wanted[name].shape)}"
+                    for name in wanted if name in saved and saved[name] != list(wanted[name].shape)])
+        with safe_open(file, "pt") as opened:
+            for name, parameter in wanted.items() if not wrong else ():
+                tensor = opened.get_tensor(name)            # one at a time is in memory
+                if not tensor.is_floating_point():
+                    wrong.append(f"{name} is of type {tensor.dtype}")
+                elif not tensor.float().isfinite().all():
+                    wrong.append(f"{name} holds values that are not finite")
+                else:
+                    parameter.copy_(like(tensor, parameter))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} can't be read: {e}") from e
-    parts = {name.split(".")[0] for name in saved} | set(read_state(step_folder)["parts"])
-    wanted = tensors_of(model, parts)
-    wrong = ([f"missing {name}" for name in wanted if name not in saved]
-             + [f"surplus {name}" for name in saved if name not in wanted]
-             + [f"{name} is {tuple(saved[name].shape)}, the model has {tuple(wanted[name].shape)}"
-                for name in wanted if name in saved and saved[name].shape != wanted[name].shape]
-             + [f"{name} is of type {tensor.dtype}" for name, tensor in saved.items()
-                if not tensor.is_floating_point()]
-             + [f"{name} holds values that are not finite" for name, tensor in saved.items()
-                if tensor.is_floating_point() and not tensor.float().isfinite().all()])
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"{file} is the checkpoint of another model: {shown}. "
                         "Use the flags of the run that made it: see config.json in its run folder")
-    state = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            state[name].copy_(tensor)
+
+
+def like(tensor, parameter):
+    """A whole tensor where the parameter lies, and as it lies there: with --shard, a rank's slice of it."""
+    if hasattr(parameter, "device_mesh"):
+        import shard
+        return shard.slice_like(tensor, parameter)
+    return tensor.to(parameter.device)
 
 
 def optimizer_tensors(model, optimizer):
     """AdamW's state by the names of the parameters: {"exp_avg.projector.0.weight": tensor, ...}."""
-    return {f"{key}.{name}": value.detach().cpu().contiguous() for name, parameter in model.named_parameters()
+    return {f"{key}.{name}": value.detach() for name, parameter in model.named_parameters()
             for key, value in optimizer.state.get(parameter, {}).items()}
 
 
@@ -324,22 +366,27 @@ def load_optimizer(model, optimizer, step_folder):
     """Fills the optimizer as it was. Returns {"0": random state of rank 0, ...}, see gather_random_states."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {"exp_avg": lambda p: p.shape, "exp_avg_sq": lambda p: p.shape, "step": lambda p: ()}
-    saved = load_file(Path(step_folder) / FILES[1])
-    random_states = {name[7:]: saved.pop(name) for name in list(saved) if name.startswith("random.")}
+    file = Path(step_folder) / FILES[1]
+    saved = tensors_in(file)
+    random = [name for name in saved if name.startswith("random.")]
+    saved = {name: shape for name, shape in saved.items() if name not in random}
     # A part may have no state yet: the projector, if all steps were text only.
     seen = {name.split(".", 1)[1] for name in saved}
     wanted = {f"{key}.{name}": shape(trained[name]) for name in seen & trained.keys()
               for key, shape in shapes.items()}
     wrong = [name for name in saved.keys() | wanted.keys()
-             if name not in saved or name not in wanted or saved[name].shape != torch.Size(wanted[name])]
+             if name not in saved or name not in wanted or saved[name] != list(wanted[name])]
     if wrong or not seen:
-        raise UserError(f"{step_folder}/{FILES[1]} does not belong to this model: look at "
+        raise UserError(f"{file} does not belong to this model: look at "
                         f"{', '.join(sorted(wrong)[:3]) or 'its tensors, there are none'}. "
                         f"Move {step_folder} away; the same command then continues from the one before")
-    for name, tensor in saved.items():
-        key, name = name.split(".", 1)
-        optimizer.state[trained[name]][key] = tensor.to(trained[name].device)
-    return random_states
+    with safe_open(file, "pt") as opened:
+        for full_name in saved:
+            key, name = full_name.split(".", 1)
+            tensor, parameter = opened.get_tensor(full_name), trained[name]
+            optimizer.state[parameter][key] = (tensor.to(parameter.device) if key == "step"
+                                               else like(tensor, parameter))
+        return {name[7:]: opened.get_tensor(name) for name in random}
 
 
 def gather_random_states():

@@ -134,6 +134,9 @@ class Config:
         False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
     gradient_checkpointing: bool = knob(
         False, "recompute the LLM's activations in backward, do not keep them: less memory, 30 % slower")
+    shard: Literal["no", "all", "machine"] = knob(
+        "no", "cut weights, gradients and optimizer among all GPUs, or those of each machine (FSDP2): less "
+        "memory, more traffic; no: each GPU holds all of it (DDP)")
     compile: bool = knob(False, "torch.compile the LLM's blocks: a slower first step; on a CPU it needs g++")
     profile: int = knob(
         0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")

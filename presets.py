@@ -36,7 +36,7 @@ PRESETS = {
     "llava-v1.5-7b": {
         "": {"vision_backbone": "openai/clip-vit-large-patch14-336", "llm_backbone": "lmsys/vicuna-7b-v1.5",
              "image_resize": "letterbox", "prompt": "vicuna", "picture_place": "tag",
-             "gradient_checkpointing": True},
+             "gradient_checkpointing": True, "shard": "all"},
         "align": {**_PUBLISHED["align"], "per_device_batch_size": 32},
         "finetune": {**_PUBLISHED["finetune"], "weight_decay": 0.0},
         "full-finetune": {**_PUBLISHED["full-finetune"], "weight_decay": 0.0},
@@ -44,7 +44,7 @@ PRESETS = {
     "prism-dinosiglip-7b": {**_PUBLISHED, "": {
         "vision_backbone": "facebook/dinov2-with-registers-large,google/siglip-so400m-patch14-224",
         "llm_backbone": "meta-llama/Llama-2-7b-hf", "projector": "fused-gelu-mlp", "prompt": "plain",
-        "openvla_vision": True, "gradient_checkpointing": True},
+        "openvla_vision": True, "gradient_checkpointing": True, "shard": "all"},
         # Programs that serve OpenVLA's format can't crop a picture, so its policies must see whole ones.
         "vla": _PUBLISHED["vla"] | {"augment": False}},
 }

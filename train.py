@@ -64,8 +64,7 @@ def main(cfg):
     # micro-batches would divide by the accumulation.) --max_steps ends a run earlier, or later, than that,
     # also in the middle of an epoch; a cosine reaches zero there.
     total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
-    parts, model = load_model(cfg, policy, sampler)
-    model.to(device)
+    parts, model = load_model(cfg, policy, sampler, device)
     optimizer = make_optimizer(model, cfg)
     owner.begin(cfg, run, restarted)    # up to here nothing on disk has changed
     step = checkpoint.resume(run, model, optimizer)
@@ -74,7 +73,7 @@ def main(cfg):
     # DDP averages gradients over the ranks while backward still runs. It waits for a gradient of every weight
     # that trains, but a text-only batch gives the projector none. DDP then raises an error, unless
     # find_unused_parameters tells it to look for such weights.
-    ddp = ranks.hold(DistributedDataParallel(
+    ddp = ranks.hold(model if cfg.shard != "no" else DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None,
         find_unused_parameters=not sampler.has_image.all(),
         gradient_as_bucket_view=True))                              # what is sent is the gradient, no copy
@@ -182,12 +181,25 @@ def load_data(cfg, device):
     return files, policy, pictures, loader
 
 
-def load_model(cfg, policy, sampler):
+def load_model(cfg, policy, sampler, device):
     """The weights of --ckpt if there is one, frozen except for what this stage trains
-    -> the parts that a checkpoint of this run holds, the VLM."""
+    -> the parts that a checkpoint of this run holds, the VLM on its device."""
     start = checkpoint.together(lambda: checkpoint.find(cfg.ckpt)) if cfg.ckpt else None
     before = checkpoint.parts_of(cfg, start) if start else []
     trained = {name.split(".")[0] for name in cfg.trained}
+    if cfg.shard != "no":
+        import shard
+        mesh = shard.make_mesh(cfg.shard, device)
+        with shard.in_turn():
+            model = prepare(cfg, start, trained, policy, sampler)
+            shard.cut(model, mesh, device, uses_bf16(cfg, device))
+    else:
+        model = prepare(cfg, start, trained, policy, sampler).to(device)
+    torch.manual_seed(cfg.seed + dist.get_rank())           # with dropout, each rank drops other activations
+    return [name for name in PARTS if name in before or name in trained], model
+
+
+def prepare(cfg, start, trained, policy, sampler):
     model = load_vlm(cfg, cfg.trained, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model.check_fits(int(sampler.lengths.max()), trained, bool(sampler.has_image.all()))
     if start:
@@ -195,13 +207,16 @@ def load_model(cfg, policy, sampler):
     if policy and "llm" in trained and config.read_config(cfg.ckpt).stage != "vla":
         # New rows of the embedding table, for action tokens. A checkpoint of stage vla has trained ones.
         policy.fresh_rows(model.llm, cfg.seed)
-    torch.manual_seed(cfg.seed + dist.get_rank())           # with dropout, each rank drops other activations
     model.set_trained(cfg.trained)
     if cfg.gradient_checkpointing:
         model.use_recomputing()
     if cfg.compile:
         model.use_compile()
-    return [name for name in PARTS if name in before or name in trained], model
+    return model
+
+
+def uses_bf16(cfg, device):
+    return cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
 
 
 def make_optimizer(model, cfg):
@@ -280,13 +295,13 @@ def train_step(model, optimizer, micro_batches, tokens, step, cfg, device, measu
     micro-batch by micro-batch would weigh a 3-token answer like a 300-token one.
     """
     scale = dist.get_world_size() / tokens                  # DDP averages over ranks; we want the sum
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
-    results = []
+    bf16, results = uses_bf16(cfg, device), []
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         # Under no_sync DDP only adds to the gradients. Else it would send them after each micro-batch,
-        # though the sum of all is wanted once a step.
-        with nullcontext() if last else model.no_sync():
+        # though the sum of all is wanted once a step. (--shard sends after each: it has no room for a sum of
+        # whole gradients.)
+        with nullcontext() if last or cfg.shard != "no" else model.no_sync():
             # Autocast, "mixed precision": matrix products run in bf16 (16 bits a number), twice as fast or
             # more. What needs more digits (softmax, normalization, losses) stays in fp32 (32 bits), and so do
             # the weights that train and the optimizer. fp16 has more digits than bf16, but a narrow range:
@@ -304,7 +319,7 @@ def train_step(model, optimizer, micro_batches, tokens, step, cfg, device, measu
         # Clipping: one bad batch can have a gradient many times the usual. The gradient norm is the length of
         # all gradients taken as one long vector. Above the limit, all gradients are made smaller by the same
         # factor, so the direction stays.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        norm = checkpoint.whole(nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm))
     # Read results after everything is launched: .tolist() blocks until the GPU is done.
     sums = sum(torch.cat([loss[None].double(), measure(batch, predicted).to(device)])
                for batch, (loss, predicted) in zip(micro_batches, results))
@@ -347,11 +362,12 @@ def data_metrics(counts, micro_batches, waited, seconds):
 @phase("checkpoint")
 def save(run, step, model, optimizer, about, keep, forever=False):
     """Rank zero writes, everyone waits."""
-    states = checkpoint.gather_random_states()
-    if dist.get_rank() == 0:
-        checkpoint.save(run, step, checkpoint.tensors_of(model, about["parts"]),
-                        checkpoint.optimizer_tensors(model, optimizer) | states,
-                        about | {"forever": forever}, keep)
+    weights = checkpoint.tensors_of(model, about["parts"])
+    moments = checkpoint.optimizer_tensors(model, optimizer) | checkpoint.gather_random_states()
+    if dist.get_rank() > 0:
+        checkpoint.give_slices(weights, moments)
+    else:
+        checkpoint.save(run, step, weights, moments, about | {"forever": forever}, keep)
         if (run / "replaces.json").exists():                # --overwrite: the old run has done its duty
             import owner
             owner.forget(run)

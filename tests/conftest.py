@@ -14,7 +14,7 @@ def pytest_addoption(parser):
 
 
 # What starts train.py again and again. All others are `quick`: under a minute, for between two edits.
-SLOW = ("test_actions", "test_faults", "test_owner", "test_train", "test_model")
+SLOW = ("test_actions", "test_faults", "test_owner", "test_shard", "test_train", "test_model")
 
 
 def pytest_configure(config):

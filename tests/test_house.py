@@ -12,13 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # What `torchrun train.py --stage align` runs, in the order in which imports may point: to the left.
 STORY = ["config", "ranks", "sampler", "prompts", "images", "data", "model", "checkpoint", "train"]
 # Behind a flag or a command of its own. The story may ask for one inside a function, where the flag is read.
-LEAVES = ["presets", "lengths", "foreign", "errors", "chat", "owner", "actions", "generate", "evaluate",
-          "check", "report", "weights", "llava", "openvla", "convert", "toy", "examples"]
+LEAVES = ["presets", "lengths", "foreign", "errors", "chat", "owner", "shard", "actions", "generate",
+          "evaluate", "check", "report", "weights", "llava", "openvla", "convert", "toy", "examples"]
 NAMED_BY_THE_LOOP = "profiling"                             # the one leaf that the story imports
 # Which room of the story asks for which leaf, inside a function. Three of these are guards: what a foreign
 # folder may ask for, what an error says, who may write into a run. The story is read without them.
-ASKS_FOR = {"config": {"presets"}, "train": {"actions", "report", "owner"}, "ranks": {"errors"},
-            "images": {"foreign"}, "prompts": {"chat", "foreign"}, "data": {"lengths"}, "model": {"foreign"}}
+ASKS_FOR = {"config": {"presets"}, "train": {"actions", "report", "owner", "shard"}, "ranks": {"errors"},
+            "images": {"foreign"}, "prompts": {"chat", "foreign"}, "data": {"lengths"}, "model": {"foreign"},
+            "checkpoint": {"shard"}}
 ROOMS = [*STORY[:-1], NAMED_BY_THE_LOOP, "train", *LEAVES]
 
 

@@ -175,7 +175,7 @@ def one_step(model, micro_batches, optimizer, max_norm=1.0):
     """As the loop does it, on one rank without DDP: the same sums, faster to build
     -> the loss, the gradient norm before clipping."""
     model.no_sync = nullcontext
-    cfg = SimpleNamespace(max_grad_norm=max_norm, precision="fp32")
+    cfg = SimpleNamespace(max_grad_norm=max_norm, precision="fp32", shard="no")
     tokens = count_together(micro_batches, False)["tokens"]
     return train_step(model, optimizer, micro_batches, tokens, 1, cfg, torch.device("cpu"), right_tokens)[:2]
 

@@ -406,7 +406,7 @@ def test_gradients_are_sent_once_a_step():
             return super().forward(torch.ones(1, 1)).sum(), torch.zeros(1)
 
     batch = {"input_ids": torch.zeros(1, 2), "labels": torch.zeros(1, 2), "pixel_values": [], "ids": ["a"]}
-    model, cfg = Model(1, 1), SimpleNamespace(precision="fp32", max_grad_norm=1.0)
+    model, cfg = Model(1, 1), SimpleNamespace(precision="fp32", max_grad_norm=1.0, shard="no")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         train.train_step(model, torch.optim.SGD(model.parameters(), 0.1), [batch] * 3, 3, 1, cfg,
@@ -423,7 +423,7 @@ def test_each_rank_drops_other_activations(world, monkeypatch):
     seeds = []
     for rank in (0, 1, 5):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        train.load_model(cfg, None, sampler)
+        train.load_model(cfg, None, sampler, torch.device("cpu"))
         seeds.append(torch.initial_seed())
     assert seeds == [7, 8, 12]
 
