@@ -1,15 +1,18 @@
 """How a language model's makers write a conversation: known formats, and any chat model's own.
 
 A chat model's tokenizer brings a template, a small program in Jinja that writes a conversation down. It is
-rendered once, in transformers' sandbox, with marks in place of the texts:
+rendered, in transformers' sandbox, with marks in place of the texts:
 
-    <|user|>\\nQUESTION-1</s>\\n<|assistant|>\\nREPLY-1</s>\\n<|user|>\\nQUESTION-2 ...
+    <|user|>\\nQUESTION-MARK-A</s>\\n<|assistant|>\\nREPLY-MARK-A</s>\\n<|user|>\\nQUESTION-MARK-B ...
 
 What stands between the marks are the four strings of a Prompt. They are right if the ids that they give are
 those of the template itself; that is checked. Where it can't be, the start ends with a sentence. A format
 that is only nearly right costs a chat model some of what it knows, and no error tells of it.
 """
 import re
+import signal
+import threading
+from contextlib import contextmanager
 
 from config import UserError
 from prompts import Language, Prompt, tokenize
@@ -24,6 +27,9 @@ PROMPTS = {
     "vicuna": Prompt("A chat between a curious user and an artificial intelligence assistant. The assistant "
                      "gives helpful, detailed, and polite answers to the user's questions. USER: ",
                      "USER: ", " ASSISTANT: ", "{eos}"),
+    "openvla-v01": Prompt("A chat between a curious user and an artificial intelligence assistant. The "
+                          "assistant gives helpful, detailed, and polite answers to the user's questions. "
+                          "USER: ", "USER: ", " ASSISTANT: ", "{eos}", keep_space=True),
     "llava": Prompt("USER: ", "USER: ", " ASSISTANT: ", "{eos}"),           # Vicuna's without the first text
     "llama2": Prompt(LLAMA2, "{bos}[INST] ", " [/INST] ", " {eos}"),
     "mistral": Prompt("[INST] ", "[INST] ", " [/INST] ", "{eos}"),
@@ -38,6 +44,7 @@ MARKS = [f"{kind}-MARK-{turn}" for turn in "ABC" for kind in ("QUESTION", "REPLY
 PROBES = [("What is it?", "A cat.", "How many?", "2 of them.", "Why?"),
           ("猫在哪里？", "在桌子上。", "Name one.\n\nThen stop.", "One.\nTwo.", "3 + 4")]
 # A template that asks for today's date always gets this day: a prompt is the same today and tomorrow.
+SECONDS = 5                                                 # that a template may take
 FIXED_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}\n"
 
 
@@ -89,8 +96,29 @@ def learn(tokenizer):
 def render(tokenizer, texts, ask=False, day=FIXED_DAY):
     """human, gpt, human ... -> what the template writes. No tools, no thoughts, no system text of ours."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    return tokenizer.apply_chat_template(messages, chat_template=day + tokenizer.get_chat_template(),
-                                         tokenize=False, add_generation_prompt=ask, enable_thinking=False)
+    with within(SECONDS):
+        text = tokenizer.apply_chat_template(messages, chat_template=day + tokenizer.get_chat_template(),
+                                             tokenize=False, add_generation_prompt=ask, enable_thinking=False)
+    if len(text) > 10 ** 6:
+        raise ValueError("it writes a million characters")
+    return text
+
+
+@contextmanager
+def within(seconds):
+    """A template may be a stranger's, and loop for ever. (Only a process's main thread can set a timer.)"""
+    def too_long(*_):
+        raise ValueError(f"it takes longer than {seconds} seconds")
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def end_of_reply(tokenizer, turn, last):
@@ -133,6 +161,19 @@ def check(tokenizer, prompt):
     if added:                                               # a word that the model would have to say itself
         return [f"{added!r} is written before each reply, also one that is to come"]
     return []
+
+
+def check_same(state, language, ckpt, llm):
+    """state: of a checkpoint. Raises UserError where its run was trained with another format than is read now
+    from the template: the model would be asked in words that it does not know."""
+    before, now = state.get("prompt"), list(language.prompt[:5])
+    if before is None and language.prompt.in_place:
+        raise UserError(f"{ckpt} is older than formats that are learned from chat templates. Say in its "
+                        f'config.json which it was trained with: "prompt": "chatml" for a template with '
+                        "<|im_start|>, else llama2, mistral or plain")
+    if before not in (None, now):
+        raise UserError(f"{ckpt} was trained with the prompt format {before}, but the chat template of {llm} "
+                        f"gives {now}. Was the template changed?")
 
 
 def describe(language):

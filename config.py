@@ -83,14 +83,14 @@ class Config:
     no_align: bool = knob(False, "finetune from a fresh projector, without an align stage before")
     preset: str = knob("toy", "named set of values for all other flags")
     vision_backbone: str = knob(
-        "toy/vit", "folder or hub id of a CLIP, SigLIP or DINOv2 model; two joined by a comma")
+        "toy/vit", "folder or hub id of a CLIP, SigLIP (1, 2) or DINO (v2, v3) model; two joined by a comma")
     llm_backbone: str = knob("toy/llm", "folder or hub id of a causal language model")
     projector: Literal["linear", "gelu-mlp", "fused-gelu-mlp"] = knob(
         "gelu-mlp", "what turns patches into words")
     image_resize: Literal["resize-naive", "resize-crop", "letterbox"] = knob(
         "resize-naive", "how a picture becomes square: squash it, cut its sides, or pad it")
-    prompt: Literal["auto", "plain", "openvla", "vicuna", "llava", "llama2", "mistral", "phi", "chatml",
-                    "prismatic-llama2", "prismatic-phi"] = knob(
+    prompt: Literal["auto", "plain", "openvla", "openvla-v01", "vicuna", "llava", "llama2", "mistral", "phi",
+                    "chatml", "prismatic-llama2", "prismatic-phi"] = knob(
         "auto", "how questions and answers are written; auto learns it from the tokenizer's chat template")
     picture_place: Literal["first", "tag"] = knob(
         "first", "where the only picture of an example stands: in front, or at its tag, as in LLaVA")

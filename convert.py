@@ -9,6 +9,8 @@ its backbones become folders inside of FOLDER. What is read is tensors and JSON;
 What the forms are stands in llava.py and openvla.py, what others call the same tensor in weights.py.
 """
 import json
+import os
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,15 +37,22 @@ class ConvertConfig:
     def __post_init__(self):
         if bool(self.from_) == bool(self.ckpt) or bool(self.ckpt) != bool(self.to) or not self.out:
             raise UserError("give --from SOURCE --out FOLDER, or --ckpt RUN --to llava|openvla --out FOLDER")
-        if Path(self.out).exists():
-            raise UserError(f"--out {self.out} exists. Name a new folder")
+        if self.bf16 if self.from_ else self.prompt or self.vision_backbone or self.llm_backbone:
+            raise UserError("--bf16 is for --to; --prompt and the backbones are for --from")
+        try:
+            taken = os.path.lexists(self.out) or Path(self.out).name.startswith("step-") or "," in self.out
+        except ValueError:
+            taken = True
+        if taken or len(Path(self.out).name) > 100:
+            raise UserError(f"--out {self.out} exists, or can't be the name of a run. Name a new folder")
 
 
 if __name__ == "__main__":
     cfg = parse(ConvertConfig, description="Official weights in, Hugging Face folders out.")
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import chat
 import checkpoint
@@ -53,8 +62,8 @@ import ranks
 import weights
 from config import read_config
 from images import load_image_transforms
-from model import VISION_MODELS, VLM, load_llm, load_vision, make_projector
-from prompts import Language, load_language
+from model import VISION_MODELS, VLM, load, load_llm, load_vision, make_projector
+from prompts import load_language
 
 # -- in ------------------------------------------------------------------------------------------------------
 
@@ -83,8 +92,12 @@ def fitting(model, pairs, what):
     state = model.state_dict(keep_vars=True)
     found = set()
     for name, tensor in pairs:
-        if name.endswith("rotary_emb.inv_freq"):            # older files keep it; it is computed now
+        if name.endswith(("rotary_emb.inv_freq", "position_ids")):      # older files keep what we compute
             continue
+        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_quantized:
+            raise UserError(f"{what}: {name} is of type {tensor.dtype}; weights must be dense floats")
+        if not tensor.isfinite().all():
+            raise UserError(f"{what}: {name} holds values that are not finite")
         if name not in state or state[name].shape != tensor.shape:
             raise UserError(f"{what}: {name} is {tuple(tensor.shape)}, the model of its config has "
                             f"{tuple(state[name].shape) if name in state else 'no such tensor'}")
@@ -97,6 +110,9 @@ def fitting(model, pairs, what):
 
 
 def empty_model(cls, config):
+    if max(getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0) / 100) > 1000:
+        raise UserError(f"a model of {config.num_hidden_layers} layers, each {config.hidden_size} wide, is "
+                        "beyond belief: its config.json is broken")
     with torch.device("meta"):
         return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
 
@@ -108,7 +124,7 @@ def write_tower(folder, config, tensors, preprocessor):
     config.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1))
     cls = VISION_MODELS[kind][0]
-    model = empty_model(AutoModel if cls is AutoModel else cls, config)
+    model = empty_model(cls, config)
     pairs = tensors.items() if isinstance(tensors, dict) else tensors
     weights.write_shards(folder, fitting(model, pairs, f"vision tower {kind}"))
 
@@ -121,27 +137,52 @@ def write_llm(folder, config, tokenizer, tensors):
     weights.write_shards(folder, fitting(model, tensors, "language model"))
 
 
+def llm_width(name):
+    return load(AutoConfig, str(name), "--llm_backbone").get_text_config().hidden_size
+
+
 def bring_in(cfg):
-    """--from -> a run folder in which the weights lie once: the backbones' as folders, as they came, and the
-    projector's as its step 0."""
+    """--from -> a run folder, see `import_run`. Raises UserError: in a source that is not what it seems,
+    everything can be wrong."""
+    try:
+        import_run(cfg)
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--from {cfg.from_} can't be read as what its config.json says it is "
+                        f"({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
+
+
+def import_run(cfg):
+    """The weights lie once: the backbones' as folders, as they came, and the projector's as step 0."""
     source, out = read_source(cfg), Path(cfg.out).resolve()
     towers = ["vision" if i == 0 else f"vision-{i + 1}" for i in range(len(source.towers))]
     own_llm = not isinstance(source.llm, str)
     settings = Config(**source.settings, vision_backbone=",".join(str(out / name) for name in towers),
                       llm_backbone=str(out / "llm") if own_llm else source.llm, ckpt=str(cfg.from_),
-                      train_json=str(cfg.from_), image_dir=".")
-    tokenizer = source.llm[1] if own_llm else weights.load_tokenizer(source.llm)
-    language = Language(tokenizer, chat.find_prompt(settings.prompt, settings.llm_backbone, tokenizer))
-    state = {"parts": ["projector"], "forever": True, "prompt": language.prompt[:5]}
+                      train_json=str(cfg.from_), image_dir=".")             # a Config needs some data
+    state = {"parts": ["projector"], "forever": True}
     state |= {"actions": source.actions} if source.actions else {}
     with weights.whole(out) as run:
         for name, tower in zip(towers, source.towers):
             write_tower(run / name, *tower)
         if own_llm:
             write_llm(run / "llm", *source.llm)
+            llava.restore(run / "llm", source.told)
+        language = load_language(str(run / "llm") if own_llm else source.llm, settings.prompt,
+                                 settings.stage == "align", settings.picture_place)
+        if source.told and not cfg.prompt and source.told["probes"] != llava.probe_ids(language):
+            raise UserError(f"--from {cfg.from_} was exported by a run that read other ids; its tokenizer "
+                            "was changed since")
+        state["prompt"] = language.prompt[:5]
         started = {"started": f"{time.strftime('%F %T')} imported"}
         checkpoint.write_text(run / "config.json", json.dumps(asdict(settings) | started, indent=2))
-        projector = {name: tensor.contiguous() for name, tensor in source.projector.items()}
+        width = sum(tower[0]["hidden_size"] for tower in source.towers)
+        with torch.device("meta"):
+            depth = llm_width(run / "llm" if own_llm else source.llm)
+            empty = make_projector(settings.projector, width, depth)
+        projector = dict(fitting(nn.ModuleDict({"projector": empty}), source.projector.items(), "projector"))
+        projector = {name: tensor.contiguous() for name, tensor in projector.items()}
         checkpoint.save(run, 0, projector, {"random.0": torch.get_rng_state()}, state, keep=1)
     print(f"run      {out}   (prompt {settings.prompt}, {settings.image_resize}, one picture stands "
           f"{'first' if settings.picture_place == 'first' else 'at its tag'})")
@@ -171,7 +212,7 @@ def send_out(ckpt, kind, out, bf16=False):
     with weights.whole(out.resolve()) as folder:
         image_id = form.write(run, folder)
         text = card(run, form, out.name, "{difference}")    # now: after the check the run's weights are gone
-        difference = form.compare(run, folder, image_id)
+        difference = form.compare(run, folder, image_id) + " (both in bfloat16)" * bf16
         (folder / "README.md").write_text(text.replace("{difference}", difference))
     print(f"folder   {out}   ({difference})")
 
@@ -179,17 +220,21 @@ def send_out(ckpt, kind, out, bf16=False):
 def load_run(ckpt):
     """All parts of a run, each in the precision that it has on disk. Nothing is rounded on its way out."""
     cfg, step = read_config(ckpt), checkpoint.find(ckpt)
-    saved = weights.Tensors(step)
-    dtype = {name.split(".")[0]: saved[name].dtype for name in saved}
+    saved, state = weights.Tensors(step), checkpoint.read_state(step)
+    dtype = {part: saved[next(name for name in saved if name.startswith(f"{part}."))].dtype
+             for part in state["parts"]}
     vision = load_vision(cfg.vision_backbone, dtype.get("vision", "auto"), cfg.openvla_vision)
     llm = load_llm(cfg.llm_backbone, dtype.get("llm", "auto"))
+    torch.manual_seed(cfg.seed)                             # a run that did not train it has that of its seed
     projector = make_projector(cfg.projector, vision.width, llm.get_input_embeddings().embedding_dim)
-    model = VLM(vision, projector.to(dtype["projector"]), llm).eval().requires_grad_(False)
+    model = VLM(vision, projector.to(dtype.get("projector")), llm).eval().requires_grad_(False)
     checkpoint.load_weights(model, step)
     language = load_language(cfg.llm_backbone, cfg.prompt, cfg.stage == "align", cfg.picture_place)
+    if not language.captions:
+        chat.check_same(state, language, ckpt, cfg.llm_backbone)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)
     return SimpleNamespace(ckpt=ckpt, cfg=cfg, step=step, model=model, language=language,
-                           transforms=transforms, actions=checkpoint.read_state(step).get("actions"))
+                           transforms=transforms, actions=state.get("actions"))
 
 
 def card(run, form, name, difference):
@@ -197,6 +242,10 @@ def card(run, form, name, difference):
     cfg = run.cfg
     size = sum(p.numel() * p.element_size() for p in run.model.parameters())
     towers, llm, data = map(weights.base_name, (cfg.vision_backbone, cfg.llm_backbone, cfg.train_json))
+    steps = checkpoint.read_state(run.step)["step"]
+    trained = (f"Stage `{cfg.stage}` on {data}, {steps} steps, global batch {cfg.global_batch_size}, "
+               f"learning rate {cfg.learning_rate:g}." if steps
+               else f"Imported from {data}, not trained further.")
     return f"""---
 library_name: {form.LIBRARY}
 pipeline_tag: {form.TASK}
@@ -205,15 +254,20 @@ pipeline_tag: {form.TASK}
 
 - Vision: {towers}. Projector: {cfg.projector}. Language model: {llm}.
 - {size / 1e9:.2g} GB in {weights.dtype_of(run.model)}. Pictures: {cfg.image_resize}.
-- Stage `{cfg.stage}` on {data}, {checkpoint.read_state(run.step)["step"]} steps.
-- Global batch {cfg.global_batch_size}, learning rate {cfg.learning_rate:g}.
+- {trained}
 
 Checked when it was written: {difference}.
 
 {form.USE.format(folder=name, **form.about(run))}"""
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt             # so that an unfinished folder is removed
+
+
 def main(cfg):
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, interrupt)
     if cfg.from_:
         bring_in(cfg)
     else:

@@ -35,6 +35,7 @@ if __name__ == "__main__":
 
 import torch
 
+import chat
 import checkpoint
 import ranks
 from data import Conversations
@@ -60,10 +61,8 @@ class Assistant:
                                                 self.cfg.openvla_vision, before)
         folder = checkpoint.find(ckpt)
         state = checkpoint.read_state(folder)
-        trained_with, now = state.get("prompt"), list(self.language.prompt[:5])
-        if trained_with != now and (trained_with or self.language.prompt.in_place):
-            raise UserError(f"{ckpt} was trained with the prompt format {trained_with}, but the chat "
-                            f"template of {self.cfg.llm_backbone} gives {now}. Was the template changed?")
+        if not self.language.captions:
+            chat.check_same(state, self.language, ckpt, self.cfg.llm_backbone)
         self.policy = None
         if state.get("actions"):
             import actions

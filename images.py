@@ -1,4 +1,4 @@
-"""A picture -> a tensor, exactly as the backbone's own processor makes it.
+"""A picture -> a tensor, exactly as transformers' processors make it.
 
 A vision backbone knows pictures of one size, with the mean and the spread of color that it was trained on.
 Both stand in its preprocessor_config.json. A picture of other proportions must first become a square, and

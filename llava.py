@@ -5,22 +5,21 @@ logits come out there as here. That is not left to hope: `compare` loads a folde
 """
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import (AddedToken, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
-                          AutoProcessor, PreTrainedTokenizerFast)
+from transformers import (AddedToken, AutoConfig, AutoImageProcessor, AutoModelForCausalLM,
+                          AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast)
 from transformers.image_processing_utils import BaseImageProcessor
 
 import chat
 from actions import ActionTokens, Episodes
-from config import UserError
+from config import BadExample, UserError
 from data import Conversations
 from foreign import loading_options
-from images import Pictures, read_image
+from images import ImageTransform, Pictures, read_image
 from model import load
 from prompts import IMAGE, TAG, images_of, tokenize
 from weights import (Source, Tensors, config_of, dtype_of, load_tokenizer, positions, read_json, renamed,
@@ -33,12 +32,13 @@ OLD_DINO = ((".attention.q_proj.", ".attention.attention.query."),
             (".attention.k_proj.", ".attention.attention.key."),
             (".attention.v_proj.", ".attention.attention.value."),
             (".attention.o_proj.", ".attention.output.dense."))
+# A file of ours in the folder: what convert.py --from needs to make the same run of it again.
+KEPT = "run.json"
 # Conversations for which the template must give our ids: one picture, none, several, between words, in turns.
-PROBES = [
-    (1, ["<image>\nWhat is it?"]), (0, ["What is it?"]), (2, ["<image>\n<image>\nAre they alike?"]),
-    (2, ["Is <image> like <image>, or not?", "Yes.", "Why?"]),
-    (1, ["<image>\nHow many?", "Two cats.", "Of what color?", "Red, and\nblue.", "3 more?"]),
-    (0, ["Hello", "Hi!", "Bye"]), (1, ["Look at <image> now", "I do."])]
+PROBES = [["<image>\nWhat is it?"], ["What is it?"], ["<image>\n<image>\nAre they alike?"],
+          ["Is <image> like <image>, or not?", "Yes.", "Why?"],
+          ["<image>\nHow many?", "Two cats.", "Of what color?", "Red, and\nblue.", "3 more?"],
+          ["Hello", "Hi!", "Bye"], ["Look at <image> now", "I do."]]
 LIBRARY, TASK = "transformers", "image-text-to-text"
 # How the result is used: it stands in its README.md.
 USE = """\
@@ -88,16 +88,33 @@ def read(source, settings, cfg):
     transforms, _ = BaseImageProcessor.get_image_processor_dict(source, **loading_options(source))
     resize = ("letterbox" if transforms.get("do_pad") else
               "resize-crop" if transforms.get("do_center_crop") else "resize-naive")
-    tokenizer, told = load_tokenizer(source), settings.get("training")      # an export of ours tells more
-    told = told if isinstance(told, dict) else {}
-    vision = config.vision_config.to_dict()
+    check_pixels(source, transforms, config.vision_config, resize)
+    tokenizer = load_tokenizer(source)
+    told = read_json(source / KEPT) if (source / KEPT).exists() else {}         # an export of ours tells more
+    actions = ActionTokens.load(told["actions"]).saved() if told.get("actions") else {}
     return Source(
-        [(vision, renamed(tensors, of["vision"]), transforms)],
+        [(config.vision_config.to_dict(), renamed(tensors, of["vision"]), transforms)],
         (config.text_config, tokenizer, renamed(tensors, of["llm"])), dict(renamed(tensors, of["projector"])),
         {"projector": "gelu-mlp", "image_resize": resize, "picture_place": told.get("picture_place", "tag"),
          "preset": "llava-v1.5-7b" if kind == "clip_vision_model" else "published",
-         "stage": "vla" if told.get("actions") else "full-finetune",
-         "prompt": cfg.prompt or told.get("prompt") or llava_prompt(tokenizer)}, told.get("actions"))
+         "stage": "vla" if actions else "align" if told.get("captions") else "full-finetune",
+         "prompt": cfg.prompt or told.get("prompt") or llava_prompt(source, tokenizer)}, actions, told)
+
+
+def check_pixels(source, settings, vision, resize):
+    """A preprocessor file can say more than our three ways to make a square. Raises UserError where ours does
+    not give the same pixels."""
+    size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+    size = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
+    ours = ImageTransform(size, vision.patch_size, settings["image_mean"], settings["image_std"],
+                          settings.get("resample", 3), resize)
+    theirs = AutoImageProcessor.from_pretrained(source, backend="pil", **loading_options(source))
+    for picture in (noise(), noise().rotate(90, expand=True)):
+        pixels = theirs(picture, return_tensors="pt")["pixel_values"][0]
+        if pixels.shape != ours(picture).shape or not torch.equal(pixels, ours(picture)):
+            raise UserError(f"--from {source}: its preprocessor_config.json makes other pixels than any "
+                            "--image_resize. Known are CLIP's (shortest edge, then a crop of the same size), "
+                            "SigLIP's and LLaVA's")
 
 
 def llava_name(name, base):
@@ -115,11 +132,13 @@ def llava_name(name, base):
     return "llm", re.sub("^language_model[.](model[.])?", lambda m: f"{base}." if m[1] else "", name)
 
 
-def llava_prompt(tokenizer):
-    try:
-        return "auto" if tokenizer.chat_template and chat.learn(tokenizer) else "llava"
-    except Exception:                       # llava-hf's template does not say what ends a reply; ours does
+def llava_prompt(source, tokenizer):
+    """llava-hf's own template can't be learned: it says nothing of what ends a reply. It is Vicuna's without
+    the first text."""
+    if not tokenizer.chat_template or "ASSISTANT:" in tokenizer.get_chat_template():
         return "llava"
+    chat.find_prompt("auto", source, tokenizer)             # raises UserError
+    return "auto"
 
 
 # -- out -----------------------------------------------------------------------------------------------------
@@ -140,6 +159,7 @@ def write(run, folder):
     """-> the id of <image>."""
     tower = run.model.vision.models[0].config
     image_id, tokenizer = write_tokenizer(run, folder)
+    write_template(run, folder, tokenizer, image_id)        # first: it can be refused
     rows = len(run.model.llm.get_input_embeddings().weight)
     if image_id >= rows:                                    # the tables grow, as usual to a multiple of 64
         rows = -(-(image_id + 1) // 64) * 64
@@ -159,7 +179,6 @@ def write(run, folder):
     if run.actions:
         write_json(folder / "dataset_statistics.json", run.actions["statistics"])
     print(f"vLLM     {why_not_vllm(run) or 'can serve it'}")
-    write_template(run, folder, tokenizer, image_id)
     return image_id
 
 
@@ -184,13 +203,10 @@ def why_not_vllm(run):
 
 
 def llava_config(run, rows, image_id):
-    llm, language, dtype = run.model.llm, run.language, dtype_of(run.model)
+    llm, dtype = run.model.llm, dtype_of(run.model)
     vision = config_of(run.model.vision.models[0], dtype)
     if vision["model_type"] != "dinov2":
         vision["image_size"] = run.transforms[0].size       # LLaVA does not fit the table to another size
-    prompt = run.cfg.prompt
-    if prompt == "auto" and not language.prompt.in_place:
-        prompt = chat.known(run.cfg.llm_backbone.lower(), language.tokenizer)
     pad = {"image_aspect_ratio": "pad"} if run.cfg.image_resize == "letterbox" else {}      # for SGLang
     text = config_of(llm, dtype) | {"vocab_size": rows, "tie_word_embeddings": is_tied(llm)}
     return {
@@ -200,9 +216,7 @@ def llava_config(run, rows, image_id):
         "multimodal_projector_bias": True, "vision_feature_layer": -2,
         "vision_feature_select_strategy": STRATEGY[vision["model_type"]],
         "vision_config": vision, "text_config": text, "tie_word_embeddings": is_tied(llm),
-        "dtype": dtype, "torch_dtype": dtype,
-        # What convert.py --from needs to make a run of it again.
-        "training": {"prompt": prompt, "picture_place": language.place, "actions": run.actions}}
+        "dtype": dtype, "torch_dtype": dtype}
 
 
 def is_tied(llm):
@@ -260,6 +274,44 @@ def llava_pixels(run):
             **({"do_pad": True} if pad else {})}
 
 
+def kept(run, tokenizer):
+    """What an export changes in the tokenizer, and what no field of LLaVA's tells; with the ids of PROBES."""
+    prompt = run.cfg.prompt
+    if prompt == "auto" and not run.language.prompt.in_place:
+        prompt = chat.known(run.cfg.llm_backbone.lower(), tokenizer)
+    return {"prompt": prompt, "picture_place": run.language.place, "actions": run.actions,
+            "captions": run.language.captions, "eos_token": tokenizer.eos_token,
+            "chat_template": tokenizer.chat_template,
+            "post_processor": json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"],
+            "probes": probe_ids(run.language)}
+
+
+def restore(folder, told):
+    """An import's llm folder gets back what its export changed."""
+    if told:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer.eos_token, tokenizer.chat_template = told["eos_token"], told["chat_template"]
+        tokenizer.save_pretrained(folder)
+        rules = read_json(folder / "tokenizer.json") | {"post_processor": told["post_processor"]}
+        write_json(folder / "tokenizer.json", rules)
+
+
+def probe_ids(language):
+    """The ids of PROBES, one position for a picture."""
+    return [tokenize({"image": ["?"] * pictures, "conversations": turns}, language, 1, 10 ** 6,
+                     ask=len(turns) % 2 == 1)[0]
+            for pictures, turns in probes(language)]
+
+
+def probes(language):
+    """-> (pictures, turns) of each conversation. An align run was shown one picture, and captions it."""
+    for texts in PROBES:
+        pictures = "".join(texts).count(TAG)
+        texts = [texts[0], "A red cat."] if language.captions else texts
+        if pictures == 1 or not language.captions:
+            yield pictures, [{"from": ("human", "gpt")[i % 2], "value": said} for i, said in enumerate(texts)]
+
+
 def decimals(tensor):
     """fp32 numbers as a person wrote them: 0.48, not 0.47999998927116394."""
     return [float(str(number)) for number in tensor.flatten().numpy()]
@@ -270,6 +322,7 @@ def write_tokenizer(run, folder):
     language, tokenizer = run.language, load_tokenizer(run.cfg.llm_backbone)
     tokenizer.add_tokens([AddedToken(TAG, special=True, normalized=False, lstrip=False, rstrip=False)],
                          special_tokens=True)
+    write_json(folder / KEPT, kept(run, tokenizer))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(language.end_id)      # others stop at eos
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = None
@@ -368,26 +421,19 @@ def template(run, glue):
 
 def write_template(run, folder, tokenizer, image_id):
     """The glue that gives our ids on all PROBES is the right one. Raises UserError if none does."""
-    found = next((glue for glue in (" ", "") if all(
-        ours == theirs for ours, theirs in probe(run, template(run, glue), tokenizer, image_id))), None)
+    wanted = [with_image(ids, image_id) for ids in probe_ids(run.language)]
+    found = next((glue for glue in (" ", "") if template_ids(run, glue, tokenizer) == wanted), None)
     if found is None:
         raise UserError(f"--to llava: {run.ckpt} has a prompt format (--prompt {run.cfg.prompt}) that can't "
-                        "be written as a chat template with the same ids")
+                        "be written as a chat template with the same ids. Train with another --prompt")
     (folder / "chat_template.jinja").write_text(template(run, found))
 
 
-def probe(run, text, tokenizer, image_id):
-    """For each conversation our ids, and those of a chat template."""
-    for pictures, texts in PROBES:
-        if run.language.captions:
-            if pictures != 1:
-                continue
-            texts = [texts[0], "A red cat."]
-        turns = [{"from": ("human", "gpt")[i % 2], "value": said} for i, said in enumerate(texts)]
-        ids, _ = tokenize({"image": ["?"] * pictures, "conversations": turns}, run.language, 1, 10 ** 6,
-                          ask=len(turns) % 2 == 1)
-        written = tokenizer.apply_chat_template(messages_of(turns), chat_template=text, tokenize=False)
-        yield with_image(ids, image_id), tokenizer(written, add_special_tokens=False)["input_ids"]
+def template_ids(run, glue, tokenizer):
+    text = template(run, glue)
+    written = [tokenizer.apply_chat_template(messages_of(turns), chat_template=text, tokenize=False)
+               for _, turns in probes(run.language)]
+    return tokenizer(written, add_special_tokens=False)["input_ids"]
 
 
 def with_image(ids, image_id):
@@ -402,22 +448,31 @@ def messages_of(turns):
 # -- the check -----------------------------------------------------------------------------------------------
 
 def own_examples(run, most=6):
-    """The run's own first examples without their last reply: turns, pictures (PIL). Where its data is not at
-    hand, made-up ones."""
-    file, found = Path(run.cfg.train_json.split(",")[0]), {}
-    if not file.is_file() or file.suffix == ".pt":          # an imported run has none
-        return [([{"from": "human", "value": texts[0]}], [noise()] * n) for n, texts in PROBES[:3]
-                if n == 1 or not run.language.captions], False
-    about = file, run.language, Pictures(run.cfg.image_dir, run.transforms), 10 ** 6
-    data = Episodes(*about, ActionTokens.load(run.actions)) if run.actions else Conversations(*about)
-    for i in range(min(len(data), 2000)):                   # two of each number of pictures
-        row = data.row(i)
-        names, turns = images_of(row), row["conversations"]
-        turns = turns[:-1] if turns[-1]["from"] == "gpt" else turns
-        if len(found.setdefault(len(names), [])) < 2 and not any(
-                run.language.control.search(turn["value"]) for turn in turns):
-            found[len(names)].append((turns, [read_image(data.pictures.path(name)) for name in names]))
-    return [example for examples in found.values() for example in examples][:most], True
+    """The run's own first examples without their last reply, up to two of each number of pictures: turns,
+    pictures (PIL). Where its data is not at hand, made-up ones."""
+    found = {}
+    try:
+        about = run.cfg.train_json.split(",")[0], run.language, Pictures(run.cfg.image_dir, run.transforms)
+        known = getattr(run.model.llm.config, "max_position_embeddings", None) or run.cfg.max_length
+        about = *about, min(run.cfg.max_length, known)
+        data = Episodes(*about, ActionTokens.load(run.actions)) if run.actions else Conversations(*about)
+        rows = (data.row(i) for i in range(min(len(data), 2000)))
+    except UserError:                                       # moved, changed; an imported run has none
+        rows = []
+    for row in rows:
+        try:
+            data.tokens(row, ask=True)
+            names, turns = images_of(row), row["conversations"]
+            turns = turns[:-1] if turns[-1]["from"] == "gpt" else turns
+            if len(found.setdefault(len(names), [])) < 2 and not any(
+                    run.language.control.search(turn["value"]) for turn in turns):
+                pictures = [read_image(data.pictures.path(name)) for name in names]
+                found[len(names)].append((turns, pictures))
+        except BadExample:
+            continue
+    own = [example for examples in found.values() for example in examples][:most]
+    made_up = [(turns[:1], [noise()] * n) for n, turns in list(probes(run.language))[:3]]
+    return (own, True) if own else (made_up, False)
 
 
 def noise():

@@ -2,6 +2,7 @@
 
 OpenVLA's form is what vLLM serves: DINOv2 with registers and SigLIP at 224 pixels, fused-gelu-mlp, Llama.
 """
+import json
 import re
 from pathlib import Path
 
@@ -12,26 +13,27 @@ from transformers import AutoConfig, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 import weights
-from actions import BINS, ActionTokens
+from actions import BINS, QUESTION, ActionTokens
 from config import UserError
 from foreign import loading_options
 from model import VISION_MODELS, VisionBackbone, load, load_vision
 from weights import (Source, Tensors, base_name, load_tokenizer, positions_fitted, read_json, refuse_surplus,
                      renamed, write_json)
 
-# How Prismatic's name of a vision backbone begins -> its towers, by transformers' model_type.
-TOWERS = {"dinosiglip": ("dinov2_with_registers", "siglip_vision_model"),
-          "dinoclip": ("dinov2_with_registers", "clip_vision_model"), "siglip": ("siglip_vision_model",),
-          "clip": ("clip_vision_model",), "dinov2": ("dinov2_with_registers",)}
-IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-COLORS = {"siglip_vision_model": ([0.5] * 3, [0.5] * 3), "clip_vision_model": CLIP,             # mean, std
-          "dinov2": IMAGENET, "dinov2_with_registers": IMAGENET}
-HUB = {("siglip_vision_model", 224): "google/siglip-so400m-patch14-224",
-       ("siglip_vision_model", 384): "google/siglip-so400m-patch14-384",
-       ("clip_vision_model", 224): "openai/clip-vit-large-patch14",
-       ("clip_vision_model", 336): "openai/clip-vit-large-patch14-336",
-       ("dinov2_with_registers", 224): "facebook/dinov2-with-registers-large"}
+DINO, SIGLIP, CLIP = "dinov2_with_registers", "siglip_vision_model", "clip_vision_model"
+# Prismatic's name of a vision backbone -> its towers (transformers' model_type, hub id), its pictures' size.
+LARGE_DINO = DINO, "facebook/dinov2-with-registers-large"
+VISION = {"clip-vit-l": ([(CLIP, "openai/clip-vit-large-patch14")], 224),
+          "clip-vit-l-336px": ([(CLIP, "openai/clip-vit-large-patch14-336")], 336),
+          "siglip-vit-so400m": ([(SIGLIP, "google/siglip-so400m-patch14-224")], 224),
+          "siglip-vit-so400m-384px": ([(SIGLIP, "google/siglip-so400m-patch14-384")], 384),
+          "dinov2-vit-l": ([LARGE_DINO], 224),
+          "dinoclip-vit-l-336px": ([LARGE_DINO, (CLIP, "openai/clip-vit-large-patch14-336")], 336),
+          "dinosiglip-vit-so-224px": ([LARGE_DINO, (SIGLIP, "google/siglip-so400m-patch14-224")], 224),
+          "dinosiglip-vit-so-384px": ([LARGE_DINO, (SIGLIP, "google/siglip-so400m-patch14-384")], 384)}
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]                                 # mean, std
+OPENAI = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+COLORS = {SIGLIP: ([0.5] * 3, [0.5] * 3), CLIP: OPENAI, "dinov2": IMAGENET, DINO: IMAGENET}
 # Prismatic's name of a language model -> its folder on the hub, the prompt format that Prismatic gives it.
 LLMS = {"llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "plain"),
         "llama2-13b-pure": ("meta-llama/Llama-2-13b-hf", "plain"),
@@ -47,18 +49,21 @@ BASES = {"prism-dinosiglip-224px+7b": ("dinosiglip-vit-so-224px", "llama2-7b-pur
                                        "no-align+fused-gelu-mlp"),
          "siglip-224px+7b": ("siglip-vit-so400m", "vicuna-v15-7b", "no-align+gelu-mlp")}
 LIBRARY, TASK = "vllm", "robotics"
+# A policy's format: that of its language model, with the empty token in front of the actions.
+POLICY_PROMPTS = {"plain": "openvla", "vicuna": "openvla-v01"}
 USE = """\
 ```python
 from vllm import LLM, SamplingParams
 
-policy = LLM("{folder}", trust_remote_code=False)
-policy.generate({{"prompt": "In: What action should the robot take to {{instruction}}?\\nOut:",
-                 "multi_modal_data": {{"image": picture}}}},
+policy = LLM("{folder}")
+prompt = {prompt}.format("put the cup on the plate")        # in lower case, without a final dot
+policy.generate({{"prompt": prompt, "multi_modal_data": {{"image": picture}}}},
                 SamplingParams(temperature=0, max_tokens={dimensions}))
 ```
 
-The ids that come are bins: action = center of bin `{end} - id`, un-normalized by `norm_stats` in config.json.
-The instruction is in lower case, without a final dot.
+One id for each dimension comes back. `{end} - id` is its bin, counted from 1: the interval of -1 to 1 between
+the places bin - 1 and bin of `numpy.linspace(-1, 1, 256)`. Its center is un-normalized by `norm_stats` in
+config.json, from q01 to q99; a dimension whose mask is false stays as it is.
 """
 
 
@@ -90,9 +95,13 @@ def read(source, settings, cfg):
     text = AutoConfig.for_model(**settings["text_config"])
     policy = {}
     if "norm_stats" in settings:
-        policy = actions_of(text.vocab_size - settings["pad_to_multiple_of"], settings["norm_stats"])
+        policy = actions_of(text.vocab_size - settings["pad_to_multiple_of"], settings["norm_stats"], source,
+                            text.vocab_size)
+    llm_id = settings["llm_backbone_id"]
+    if llm_id not in LLMS:
+        raise UserError(f"--from {source}: its language model is {llm_id!r}. Known: {', '.join(LLMS)}")
     about = prismatic_settings(settings["arch_specifier"], settings["image_resize_strategy"],
-                               settings["vision_backbone_id"], "plain", cfg, policy)
+                               settings["vision_backbone_id"], LLMS[llm_id][1], cfg, policy)
     return Source(towers, (text, load_tokenizer(source), renamed(tensors, llm)),
                   dict(renamed(tensors, projector)), about, policy)
 
@@ -110,34 +119,28 @@ def read_prismatic(file, folder, cfg):
         vision_id, llm_id, arch, resize = (model.get(name, "") for name in (
             "vision_backbone_id", "llm_backbone_id", "arch_specifier", "image_resize_strategy"))
         statistics = {}
-    kinds = next((kinds for word, kinds in TOWERS.items() if vision_id.startswith(word)), None)
-    if kinds is None or llm_id not in LLMS:
+    if vision_id not in VISION or llm_id not in LLMS:
         raise UserError(f"--from {folder}: its backbones are {vision_id!r} and {llm_id!r}. Known: "
-                        f"{', '.join(TOWERS)}; {', '.join(LLMS)}")
-    size = int(match[1]) if (match := re.search(r"(\d+)px", vision_id)) else 224
-    tensors = prismatic_tensors(file)
-    tower_names = ["featurizer."] if len(kinds) == 1 else ["dino_featurizer.",
-                                                            f"{kinds[1].partition('_')[0]}_featurizer."]
+                        f"{', '.join(VISION)}; {', '.join(LLMS)}")
+    (parts, size), tensors = VISION[vision_id], prismatic_tensors(file)
+    prefixes = ["featurizer."] if len(parts) == 1 else [
+        "dino_featurizer.", f"{parts[1][0].partition('_')[0]}_featurizer."]
+    known = *(f"vision_backbone/{prefix}" for prefix in prefixes), "llm_backbone/llm.", "projector/"
+    refuse_surplus(file, {name for name in tensors if not name.startswith(known)})
     vision = {name.removeprefix("vision_backbone/"): tensor for name, tensor in tensors.items()
               if name.startswith("vision_backbone/")}
-    refuse_surplus(file, {name for name in vision if not name.startswith(tuple(tower_names))})
     if vision:
-        towers = [timm_tower(kind, {key.removeprefix(part): tensor for key, tensor in vision.items()
-                                    if key.startswith(part)}, size, *COLORS[kind])
-                  for kind, part in zip(kinds, tower_names)]
+        towers = [timm_tower(kind, {key.removeprefix(prefix): tensor for key, tensor in vision.items()
+                                    if key.startswith(prefix)}, size, *COLORS[kind])
+                  for (kind, _), prefix in zip(parts, prefixes)]
     else:
-        official = [HUB.get((kind, size)) for kind in kinds]
-        if not cfg.vision_backbone and None in official:
-            raise UserError(f"{file} holds no vision weights, and the hub id of {vision_id} is not known. "
-                            "Name its folder with --vision_backbone")
-        towers = official_towers(cfg.vision_backbone or ",".join(official), size)
+        towers = official_towers(cfg.vision_backbone or ",".join(hub_id for _, hub_id in parts), size)
     hub_id, prompt = LLMS[llm_id]
     llm_name = cfg.llm_backbone or hub_id
-    # An align run has not changed it.
     llm = str(Path(llm_name).resolve()) if Path(llm_name).is_dir() else llm_name
     body = {name.removeprefix("llm_backbone/llm."): name
             for name in tensors if name.startswith("llm_backbone/")}
-    if body:
+    if body:                                                # an align run has not changed it
         text, tokenizer = load(AutoConfig, llm_name, "--llm_backbone"), load_tokenizer(llm_name)
         text.vocab_size = len(tensors[body["model.embed_tokens.weight"]])
         tokenizer.add_special_tokens({"pad_token": "<|pad|>" if llm_id.startswith("phi") else "<PAD>"})
@@ -145,18 +148,21 @@ def read_prismatic(file, folder, cfg):
     projector = {name.removeprefix("projector/").replace("projector.weight", "projector.0.weight")
                  .replace("projector.bias", "projector.0.bias"): tensor for name, tensor in tensors.items()
                  if name.startswith("projector/")}
-    policy = actions_of(load_tokenizer(llm_name).vocab_size, statistics) if statistics else {}
+    policy = {}
+    if "vla" in config:
+        base = load_tokenizer(llm_name).vocab_size
+        policy = actions_of(base, statistics, folder / "dataset_statistics.json", base)
     about = prismatic_settings(arch, resize, vision_id, prompt, cfg, policy)
     return Source(towers, llm, projector, about, policy)
 
 
 def prismatic_settings(arch, resize, vision_id, prompt, cfg, policy):
-    projector = "linear" if arch.endswith("linear") else arch.split("+")[-1]
     if resize != "resize-naive":
-        print(f"note: {resize} differs from Prismatic's by one pixel where the sides of a picture differ by "
-              "an odd number")
-    prompt = cfg.prompt or ("openvla" if policy else prompt)
-    return {"projector": projector, "image_resize": resize, "prompt": prompt,
+        print(f"note: {resize} cuts or pads some pictures one pixel beside Prismatic's place")
+    if policy and prompt not in POLICY_PROMPTS and not cfg.prompt:
+        raise UserError(f"a policy with the format {prompt} is not known. Name one with --prompt")
+    return {"projector": arch.split("+")[-1], "image_resize": resize,
+            "prompt": cfg.prompt or (POLICY_PROMPTS[prompt] if policy else prompt),
             "preset": "prism-dinosiglip-7b" if vision_id == "dinosiglip-vit-so-224px" else "published",
             "stage": "vla" if policy else "full-finetune"}
 
@@ -181,17 +187,29 @@ def square(size, mean, std):
             "image_mean": list(mean), "image_std": list(std)}
 
 
-def actions_of(end, statistics):
+def actions_of(end, statistics, file, rows):
     """OpenVLA's dataset_statistics.json -> what state.json keeps of a policy."""
-    statistics = {name: {**of, "action": {"mask": [True] * len(of["action"]["q01"]), **of["action"]}}
-                  for name, of in statistics.items()}
-    return ActionTokens.load({"end": end, "bins": BINS, "statistics": statistics, "pictures": 1}).saved()
+    try:
+        if type(end) is not int or end > rows:
+            raise ValueError(f"the action ids would end at {end}, the vocabulary at {rows}")
+        statistics = {name: {**of, "action": {"mask": [True] * len(of["action"]["q01"]), **of["action"]}}
+                      for name, of in statistics.items()}
+        policy = ActionTokens.load({"end": end, "bins": BINS, "statistics": statistics, "pictures": 1})
+        numbers = [number for of in statistics.values() for key in ("q01", "q99")
+                   for number in of["action"][key]]
+        if len({len(of["action"]["q01"]) for of in statistics.values()}) > 1 or max(map(abs, numbers)) > 1e9:
+            raise ValueError("its datasets have different numbers of dimensions, or numbers beyond 1e9")
+        return policy.saved()
+    except (UserError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{file}: its statistics of actions can't be used ({e})") from e
 
 
 def prismatic_tensors(file):
     """name -> tensor, of a Prismatic .pt file. Nothing but tensors is read of it (`weights_only`), and from
     the disk only when it is used (`mmap`)."""
     try:
+        if not file.is_file():                              # a pipe would be waited for, for ever
+            raise ValueError("it is no file")
         parts = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
         return {f"{part}/{name}": tensor
                 for part, tensors in parts.items() for name, tensor in tensors.items()}
@@ -204,8 +222,9 @@ def prismatic_tensors(file):
 
 def about(run):
     """What stands in the README, see USE."""
-    first = next(iter(run.actions["statistics"].values()))
-    return {"dimensions": len(first["action"]["q01"]), "end": run.actions["end"]}
+    first, prompt = next(iter(run.actions["statistics"].values())), run.language.prompt
+    asked = prompt.first + QUESTION.format(instruction="{}") + run.language.before_reply
+    return {"dimensions": len(first["action"]["q01"]), "end": run.actions["end"], "prompt": json.dumps(asked)}
 
 
 def refuse(run, wrong):
@@ -214,12 +233,22 @@ def refuse(run, wrong):
     llm = run.model.llm.config.model_type
     if not run.actions:
         raise wrong("is no policy; this form is for runs of stage vla")
-    if (kinds, run.cfg.projector, llm) != (list(TOWERS["dinosiglip"]), "fused-gelu-mlp", "llama"):
+    if (kinds, run.cfg.projector, llm) != ([DINO, SIGLIP], "fused-gelu-mlp", "llama"):
         raise wrong(f"has {' + '.join(kinds)}, {run.cfg.projector}, {llm}; what reads this form knows DINOv2 "
                     "with registers + SigLIP, fused-gelu-mlp and Llama only")
     if run.cfg.image_resize != "resize-naive":
         raise wrong(f"was trained with --image_resize {run.cfg.image_resize}; what reads this form knows "
                     "resize-naive only")
+    if run.cfg.picture_place != "first" or run.actions.get("pictures") not in (None, 1):
+        raise wrong("was trained with several pictures, or with a picture at its tag; what reads this form "
+                    "shows one, in front")
+
+
+def as_openvla(run):
+    """Whether vision is computed as those do that read this form."""
+    exact = run.model.vision.models[1].config.hidden_act == "gelu"
+    return exact and all(torch.equal(numbers, numbers.bfloat16().float())
+                         for transform in run.transforms for numbers in (transform.mean, transform.std))
 
 
 def write(run, folder):
@@ -229,7 +258,9 @@ def write(run, folder):
     rows, end = text["vocab_size"], run.actions["end"]
     write_json(folder / "config.json", {
         "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla",
-        "vision_backbone_id": f"dinosiglip-vit-so-{size}px", "llm_backbone_id": "llama2-7b-pure",
+        "vision_backbone_id": f"dinosiglip-vit-so-{size}px",
+        "llm_backbone_id": "vicuna-v15-7b" if "vicuna" in run.cfg.prompt or "v01" in run.cfg.prompt
+        else "llama2-7b-pure",
         "arch_specifier": "no-align+fused-gelu-mlp", "use_fused_vision_backbone": True,
         "image_sizes": [size, size], "image_resize_strategy": "resize-naive",
         "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", f"vit_so400m_patch14_siglip_{size}"],
@@ -247,12 +278,9 @@ def write(run, folder):
     run.language.tokenizer.save_pretrained(folder)
     if (size, [model.config.hidden_size for model in run.model.vision.models]) != (224, [1024, 1152]):
         print("note: vLLM serves DINOv2-large and SigLIP-so400m at 224 pixels only")
-    if not run.cfg.openvla_vision:
+    if not as_openvla(run):
         print("note: vLLM rounds mean and std to bfloat16 and computes SigLIP with the exact GELU. This run "
               "did not (--openvla_vision), so an action there can differ by a bin")
-    if run.cfg.prompt != "plain":
-        print("note: vLLM's prompts end with 'Out:'. That is --prompt plain; this run was trained with "
-              f"--prompt {run.cfg.prompt}")
 
 
 def openvla_tensors(run):
@@ -297,15 +325,16 @@ def compare(run, folder, _):
                                    if name.startswith(part)})
         config = weights.tower_config(kind, timm, transform.size)
         config |= {"num_attention_heads": tower.config.num_attention_heads}
-        cls = VISION_MODELS[kind][0]
-        again = (cls.from_config if cls is AutoModel else cls)(AutoConfig.for_model(**config))
+        cls, config = VISION_MODELS[kind][0], AutoConfig.for_model(**config)
+        again = cls.from_config(config) if cls is AutoModel else cls(config)
         again.load_state_dict(weights.from_timm(kind, timm))
         pixels = [transform(noise)[None]]
         theirs, ours = (VisionBackbone([model.float().eval()])(pixels) for model in (again, tower))
         largest = max(largest, (theirs - ours).abs().max().item())
         scale = max(scale, ours.abs().max().item())
     other = [name for name, tensor in unchanged(run) if not torch.equal(written[name], tensor)]
-    if other or not largest <= 0.01 * scale:
+    allowed = 1e-5 if run.model.vision.models[1].config.hidden_act == "gelu" else 0.01      # as_openvla warned
+    if other or not largest <= allowed * scale:
         raise UserError(f"--to openvla: what was written differs from {run.ckpt}: features by {largest:g} of "
                         f"{scale:g}, tensors {other[:3]}")
     return (f"read back: features of a picture differ by {largest:.1g} of {scale:.3g}, all tensors of "

@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -35,8 +36,11 @@ class Tensors(Mapping):
         for file in (Path(folder) / name for name in sorted(names)):
             if not file.is_file():
                 raise UserError(f"{file} is missing. Weights must be safetensors")
-            with safe_open(file, "pt") as opened:
-                self.files |= dict.fromkeys(opened.keys(), file)
+            try:
+                with safe_open(file, "pt") as opened:
+                    self.files |= dict.fromkeys(opened.keys(), file)
+            except (SafetensorError, OSError) as e:
+                raise UserError(f"{file} can't be read ({e})") from e
 
     def __getitem__(self, name):
         with safe_open(self.files[name], "pt") as opened:
@@ -67,7 +71,10 @@ def write_shards(folder, tensors):
     shard, files, total = {}, [], 0
 
     def put():
-        save_file(shard, folder / f"{len(files)}.unfinished", metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / f"{len(files)}.unfinished", metadata={"format": "pt"})
+        except SafetensorError as e:                        # its own word for a full disk, too
+            raise UserError(f"{folder} can't be written ({e}). Free some space, or name another --out") from e
         files.append(list(shard))
         shard.clear()
     for name, tensor in tensors:
@@ -90,28 +97,31 @@ def write_shards(folder, tensors):
             json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
 
 
-class Source:
-    """What was found: everything that a run is made of.
-
-    towers:    (config as a dict, tensors by transformers' names, preprocessor file) for each vision tower.
-    llm:       config, tokenizer, tensors by the names of its own class; or the name of a folder.
-    projector: tensors by our names.
-    settings:  fields of Config.
-    """
-
-    def __init__(self, towers, llm, projector, settings, actions=None):
-        self.towers, self.llm, self.projector = towers, llm, projector
-        self.settings, self.actions = settings, actions
+class Source(NamedTuple):
+    """What was found: everything that a run is made of."""
+    towers: list                            # of each its config (dict), tensors by transformers' names, and
+    #                                         preprocessor file
+    llm: tuple | str                        # config, tokenizer, tensors by its own names; or a folder's name
+    projector: dict                         # tensors by our names, projector.*
+    settings: dict                          # fields of Config
+    actions: dict = {}                      # what state.json keeps of a policy
+    told: dict = {}                         # what an export of ours keeps of its run, see llava.keep
 
 
 def read_json(file):
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file} can't be read ({e})") from e
+        if file.exists() and not file.is_file():            # a pipe would be waited for, for ever
+            raise ValueError("it is no file")
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {str(content)[:40]!r}, no object")
+        return content
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{file} can't be read ({e}). A model of the hub must be downloaded first") from e
 
 
 def load_tokenizer(name):
+    """Raises UserError."""
     try:
         return AutoTokenizer.from_pretrained(name, **loading_options(name))
     except Exception as e:                          # transformers raises many kinds here; each means the same
@@ -282,7 +292,10 @@ def positions(tower, size):
         return table
     first = int(tower.config.model_type != "siglip_vision_model")                       # CLS
     places = (size // tower.config.patch_size) ** 2 + first
-    return of.interpolate_pos_encoding(table.new_zeros(1, places, table.shape[-1]), size, size)
+    dtype = table.dtype                                     # half precision would round between the places
+    fitted = of.float().interpolate_pos_encoding(torch.zeros(1, places, table.shape[-1]), size, size)
+    of.to(dtype)
+    return fitted
 
 
 def positions_fitted(tower, size):

@@ -417,6 +417,15 @@ REFUSED = {     # kind: (template, the reason)
 }
 
 
+def test_a_template_that_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr("chat.SECONDS", 0.2)
+    with pytest.raises(UserError, match="it takes longer than 0.2 seconds"):
+        from_template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(UserError, match="a million characters"):
+        from_template("{{ 'a' * 2000000 }}")
+
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_template_that_can_not_be_used_is_refused_in_one_sentence(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -425,6 +434,6 @@ def test_a_template_that_can_not_be_used_is_refused_in_one_sentence(kind, tmp_pa
         from_template(template)
     said, _, rest = str(e.value).partition(f"({reason}")
     assert said == "--prompt auto: the chat template of some/model can't be used "
-    assert rest.endswith("). Name a format: --prompt plain, openvla, vicuna, llava, llama2, mistral, phi, "
-                         "chatml, prismatic-llama2, prismatic-phi")
+    assert rest.endswith("). Name a format: --prompt plain, openvla, vicuna, openvla-v01, llava, llama2, "
+                         "mistral, phi, chatml, prismatic-llama2, prismatic-phi")
     assert not list(tmp_path.iterdir())                     # the mark of the program that it wanted to start

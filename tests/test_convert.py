@@ -3,6 +3,7 @@ import json
 import pickle
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,14 +194,14 @@ def test_an_align_run_goes_out_as_a_captioner(tmp_path):
     assert text == "<image>"                                # gpt2 has no BOS, and no question was ever asked
 
 
-@pytest.mark.parametrize("prompt", sorted(chat.PROMPTS.keys() - {"openvla", "prismatic-phi"}))
+@pytest.mark.parametrize("prompt", sorted(chat.PROMPTS.keys() - {"openvla", "openvla-v01", "prismatic-phi"}))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["first", "tag"])
 def test_every_format_has_a_chat_template_with_its_ids(kind, prompt, place, tmp_path):
     tokenizer = make_tokenizer(kind, chat=prompt == "chatml")
     language = Language(tokenizer, chat.PROMPTS[prompt], place=place)
-    run = type("Run", (), {"language": language, "ckpt": "r", "cfg": type("C", (), {
-        "llm_backbone": str(tmp_path), "prompt": prompt})})
+    run = SimpleNamespace(language=language, ckpt="r", actions={}, cfg=SimpleNamespace(
+        llm_backbone=str(tmp_path), prompt=prompt))
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "out").mkdir()
@@ -216,11 +217,12 @@ def test_every_format_has_a_chat_template_with_its_ids(kind, prompt, place, tmp_
 
 def test_a_wrong_glue_gives_other_ids():
     language = Language(make_tokenizer("llama"), chat.PROMPTS["plain"])
-    run = type("Run", (), {"language": language})
+    run = SimpleNamespace(language=language)
     tokenizer = make_tokenizer("llama")
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    same = {glue: [a == b for a, b in llava.probe(run, llava.template(run, glue), tokenizer, image_id)]
+    wanted = [llava.with_image(ids, image_id) for ids in llava.probe_ids(language)]
+    same = {glue: [a == b for a, b in zip(wanted, llava.template_ids(run, glue, tokenizer), strict=True)]
             for glue in ("", " ")}
     assert all(same[" "]) and not any(same[""])
 
@@ -326,6 +328,10 @@ REFUSED = {
                          actions=True), "openvla", "fused-gelu-mlp, gpt2"),
     "a letterbox": (dict(towers=("registers", "siglip"), projector="fused-gelu-mlp",
                          image_resize="letterbox", actions=True), "openvla", "knows resize-naive only"),
+    "two cameras": (dict(towers=("registers", "siglip"), projector="fused-gelu-mlp", actions="two"),
+                    "openvla", "several pictures"),
+    "a picture at its tag": (dict(towers=("registers", "siglip"), projector="fused-gelu-mlp", actions=True,
+                                  picture_place="tag"), "openvla", "at its tag"),
     "augmented": (dict(towers=("siglip",), augment=True, actions=True), "llava", "--augment")}
 POLICY = {"end": 700, "bins": 256, "pictures": 1, "statistics": {"toy": {"action": {
     "q01": [-1.0, 0.0], "q99": [1.0, 4.0], "mask": [True, True], "mean": [0.0, 2.0], "std": [1.0, 1.0],
@@ -336,7 +342,7 @@ POLICY = {"end": 700, "bins": 256, "pictures": 1, "statistics": {"toy": {"action
 def test_what_a_form_cannot_express_is_refused_before_anything_is_written(why, tmp_path):
     settings, to, sentence = REFUSED[why]
     if settings.get("actions"):
-        settings = settings | {"actions": POLICY}
+        settings = settings | {"actions": POLICY | {"pictures": 1 + (settings["actions"] == "two")}}
     run = make_run(tmp_path, **settings)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=sentence):
@@ -360,7 +366,11 @@ def test_a_folder_that_differs_never_gets_its_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags,sentence", [
     ({}, "give --from SOURCE"), ({"from_": "a", "ckpt": "b", "to": "llava", "out": "c"}, "give --from"),
-    ({"ckpt": "b", "out": "c"}, "give --from"), ({"from_": "a", "out": "."}, "--out . exists")])
+    ({"ckpt": "b", "out": "c"}, "give --from"), ({"from_": "a", "out": "."}, "--out . exists"),
+    ({"from_": "a", "out": "x" * 300}, "can't be the name"), ({"from_": "a", "out": "a,b"}, "can't be the"),
+    ({"from_": "a", "out": "run/step-00000009"}, "can't be"),
+    ({"from_": "a", "out": "c", "bf16": True}, "--bf16"),
+    ({"ckpt": "a", "to": "llava", "out": "c", "prompt": "plain"}, "--prompt")])
 def test_wrong_flags_are_one_sentence(flags, sentence):
     with pytest.raises(UserError, match=sentence):
         ConvertConfig(**flags)
@@ -422,8 +432,9 @@ def test_a_llava_folder_in_and_out_gives_the_same_tensors(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_an_export_comes_back_as_the_run_it_was(tmp_path):
-    run = make_run(tmp_path, llm="gpt2", tokenizer="gpt2", image_resize="letterbox")
+@pytest.mark.parametrize("llm,tokenizer", [("gpt2", "gpt2"), ("llama", "llama"), ("llama", "phi")])
+def test_an_export_comes_back_as_the_run_it_was(llm, tokenizer, tmp_path):
+    run = make_run(tmp_path, llm=llm, tokenizer=tokenizer, image_resize="letterbox")
     back = bring_in(export(run, tmp_path / "out"), tmp_path / "back")
     one, other = Assistant(run, "cpu"), Assistant(back, "cpu")
     found = other.cfg.prompt, other.cfg.image_resize, other.cfg.picture_place
@@ -432,6 +443,13 @@ def test_an_export_comes_back_as_the_run_it_was(tmp_path):
     assert torch.equal(example[0]["input_ids"], example[1]["input_ids"])
     assert torch.equal(example[0]["images"][0][0], example[1]["images"][0][0])
     assert one.answer_ids(example[:1], 8) == other.answer_ids(example[1:], 8)
+    assert one.language.bos == other.language.bos == ([1] if tokenizer == "llama" else [])
+    assert one.language.tokenizer.eos_token == other.language.tokenizer.eos_token
+    folder = tmp_path / "out"
+    told = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(told | {"probes": [[1, 2, 3]]}))
+    with pytest.raises(UserError, match="its tokenizer was changed since"):
+        bring_in(folder, tmp_path / "again")
 
 
 @pytest.mark.parametrize("change,sentence", [
@@ -463,6 +481,28 @@ def test_a_llava_folder_with_wrong_tensors_leaves_nothing_behind(change, sentenc
     with pytest.raises(UserError, match=sentence):
         bring_in(source, tmp_path / "run")
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("name,tensor,sentence", [
+    ("multi_modal_projector.linear_1.weight", torch.ones(3, 3), r"projector: projector.0.weight is \(3, 3\)"),
+    ("multi_modal_projector.linear_9.weight", torch.ones(3, 3), "no such tensor"),
+    (NORM, torch.ones(32, dtype=torch.int8), "weights must be dense floats"),
+    (NORM, torch.full((32,), float("nan")), "not finite")])
+def test_a_tensor_that_is_no_weight_is_refused(name, tensor, sentence, tmp_path):
+    source = llava_folder(tmp_path / "source", old=True)
+    tensors = load_file(source / "model.safetensors") | {name: tensor}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=sentence):
+        bring_in(source, tmp_path / "run")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise weights.SafetensorError("No space left on device (os error 28)")
+    run = make_run(tmp_path)
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(UserError, match="can't be written .*No space left.* name another --out"):
+        export(run, tmp_path / "out")
 
 
 # -- OpenVLA and Prismatic -----------------------------------------------------------------------------------
@@ -537,6 +577,7 @@ def openvla_folder(folder):
         "model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"], "image_sizes": [16, 16],
         "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig"},
         "vision_backbone_id": "dinosiglip-vit-so-224px", "arch_specifier": "no-align+fused-gelu-mlp",
+        "llm_backbone_id": "llama2-7b-pure",
         "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
         "image_resize_strategy": "resize-naive", "text_config": text, "norm_stats": statistics,
         "pad_to_multiple_of": rows - base, "use_fused_vision_backbone": True}))
@@ -568,6 +609,78 @@ def test_openvla_becomes_a_policy_with_its_units_and_goes_out_with_the_same_tens
     assert config["text_config"]["vocab_size"] - config["pad_to_multiple_of"] == base
     assert config["norm_stats"]["bridge"]["action"]["q99"] == [1.0, 4.0]
     assert "features of a picture differ by 0 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change,sentence", [
+    ({"pad_to_multiple_of": -1}, "the action ids would end at"),
+    ({"pad_to_multiple_of": 64.0}, "would end at"), ({"norm_stats": {}}, "can't be used"),
+    ({"norm_stats": {"a": {"action": {"q01": [1e308], "q99": [1e308]}}}}, "beyond 1e9"),
+    ({"norm_stats": [1]}, "can't be used"), ({"llm_backbone_id": "mine"}, "its language model is 'mine'"),
+    ({"timm_model_ids": ["resnet", "x"]}, "vision tower resnet is not known"),
+    ({"timm_model_ids": 3}, "can't be read as what its config.json says"),
+    ({"text_config": {"model_type": "llama", "num_hidden_layers": 10 ** 7}}, "its config.json is broken")])
+def test_a_broken_openvla_folder_is_one_sentence(change, sentence, tmp_path):
+    source, _, _ = openvla_folder(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=sentence):
+        bring_in(source, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_policy_of_vicuna_gets_vicunas_prompt(tmp_path):
+    source, _, _ = openvla_folder(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"llm_backbone_id": "vicuna-v15-7b"}))
+    policy = Assistant(bring_in(source, tmp_path / "run"), "cpu")
+    example = policy.example(policy.policy.question("go"), [picture((30, 20))])
+    text = policy.language.tokenizer.decode([i for i in example["input_ids"].tolist() if i != IMAGE])
+    assert text.endswith("USER: What action should the robot take to go? ASSISTANT: ")
+    out = export(tmp_path / "run", tmp_path / "out", "openvla")
+    assert "USER: What action should the robot take to {}? ASSISTANT: " in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("change", [
+    {"size": {"shortest_edge": 20}}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5},
+    {"do_resize": False}])
+def test_pixels_that_no_resize_of_ours_makes_are_refused(change, tmp_path):
+    source = llava_folder(tmp_path / "source")
+    settings = json.loads((source / "preprocessor_config.json").read_text())
+    (source / "preprocessor_config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match="makes other pixels than any"):
+        bring_in(source, tmp_path / "run")
+
+
+def test_a_run_whose_data_is_gone_or_broken_goes_out_with_made_up_examples(tmp_path, capsys):
+    for i, text in enumerate(("", "[", json.dumps([{"image": "gone.png", "conversations": talk(
+            "<image>\nWhy?", "So.")}]), json.dumps([{"x": 1}]))):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "d.json").write_text(text)
+        run = make_run(folder, llm="gpt2", tokenizer="gpt2", train_json=str(folder / "d.json"),
+                       image_dir=str(folder))
+        export(run, folder / "out")
+    assert capsys.readouterr().out.count("3 made-up examples") == 4
+
+
+def test_a_run_in_another_prompt_than_it_was_trained_with_does_not_go_out(tmp_path):
+    run = make_run(tmp_path, llm="gpt2", tokenizer="gpt2")
+    state = json.loads((run / "step-00000001/state.json").read_text())
+    state["prompt"] = ["You are Other. ", "b", "c", "d", None]
+    (run / "step-00000001/state.json").write_text(json.dumps(state))
+    for use in (lambda: export(run, tmp_path / "out"), lambda: Assistant(run, "cpu")):
+        with pytest.raises(UserError, match="was trained with the prompt format .*You are Other"):
+            use()
+
+
+def test_a_run_that_trained_no_projector_goes_out_with_that_of_its_seed(tmp_path, capsys):
+    run = make_run(tmp_path, llm="gpt2", tokenizer="gpt2")
+    file = run / "step-00000001"
+    tensors = load_file(file / "model.safetensors")
+    checkpoint.save(run, 2, {name: t for name, t in tensors.items() if name.startswith("llm.")},
+                    {"random.0": torch.zeros(1)}, {"parts": ["llm"]}, keep=1)
+    export(run, tmp_path / "out")
+    assert "logits differ by 0 of" in capsys.readouterr().out
 
 
 def test_ids_of_actions_are_openvlas(tmp_path):
@@ -650,7 +763,7 @@ def test_what_prismatic_names_and_we_do_not_know_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {
         "vision_backbone_id": "in1k-vit-l", "llm_backbone_id": "llama2-7b-pure", "arch_specifier": "linear",
         "image_resize_strategy": "letterbox"}}))
-    with pytest.raises(UserError, match="its backbones are 'in1k-vit-l' and 'llama2-7b-pure'"):
+    with pytest.raises(UserError, match="its backbones are 'in1k-vit-l' and 'llama2-7b-pure'. Known: clip"):
         bring_in(tmp_path, tmp_path / "run")
     (tmp_path / "config.json").write_text(json.dumps({"vla": {"base_vlm": "mine"}}))
     with pytest.raises(UserError, match="its base_vlm is 'mine'"):

@@ -17,7 +17,7 @@ from prompts import IGNORE, IMAGE, Language, check_supervised, load_language
 FORMATS = [(kind, prompt) for kind in KINDS for prompt in PROMPTS
            if (kind, prompt) != ("qwen", "prismatic-phi")]
 every_format = pytest.mark.parametrize("kind,prompt", FORMATS)
-KEEP_SPACE = ("openvla", "prismatic-phi")
+KEEP_SPACE = ("openvla", "openvla-v01", "prismatic-phi")
 
 
 def supervised(input_ids, labels):
@@ -101,6 +101,7 @@ RENDERED = {
     "plain": "In: What is it?\nOut: A cat.</s>In: How many?\nOut: Two.</s>",
     "openvla": "In: What is it?\nOut: A cat.</s>In: How many?\nOut: Two.</s>",
     "vicuna": VICUNA + "USER: What is it? ASSISTANT: A cat.</s>USER: How many? ASSISTANT: Two.</s>",
+    "openvla-v01": VICUNA + "USER: What is it? ASSISTANT: A cat.</s>USER: How many? ASSISTANT: Two.</s>",
     "llava": "USER: What is it? ASSISTANT: A cat.</s>USER: How many? ASSISTANT: Two.</s>",
     "llama2": LLAMA2 + "What is it? [/INST] A cat. </s><s>[INST] How many? [/INST] Two. </s>",
     "prismatic-llama2": PRISMATIC + "What is it? [/INST] A cat.</s>[INST] How many? [/INST] Two.</s>",
