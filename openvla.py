@@ -333,7 +333,7 @@ def compare(run, folder, _):
         largest = max(largest, (theirs - ours).abs().max().item())
         scale = max(scale, ours.abs().max().item())
     other = [name for name, tensor in unchanged(run) if not torch.equal(written[name], tensor)]
-    allowed = 1e-5 if run.model.vision.models[1].config.hidden_act == "gelu" else 0.01      # as_openvla warned
+    allowed = 1e-5 if run.model.vision.models[1].config.hidden_act == "gelu" else 0.01     # it warned
     if other or not largest <= allowed * scale:
         raise UserError(f"--to openvla: what was written differs from {run.ckpt}: features by {largest:g} of "
                         f"{scale:g}, tensors {other[:3]}")
