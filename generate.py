@@ -80,11 +80,14 @@ class Assistant:
             return actions.Episodes(*about, self.policy)
         return Conversations(*about)
 
-    def example(self, question, images):
-        """One question about already opened pictures (PIL, RGB) -> what `Conversations.question` gives."""
+    def example(self, question, images, earlier=()):
+        """One question about already opened pictures (PIL, RGB) -> what `Conversations.question` gives.
+        earlier: the turns before it, as in a file of examples; the first of the pictures stand at their tags.
+        """
+        tags = sum(turn["value"].count(TAG) for turn in (*earlier, {"value": question}))
         row = {"image": ["?"] * len(images),
-               "conversations": [{"from": "human",
-                                  "value": (TAG + "\n") * (len(images) - question.count(TAG)) + question}]}
+               "conversations": [*earlier, {"from": "human",
+                                            "value": (TAG + "\n") * (len(images) - tags) + question}]}
         input_ids, _ = tokenize(row, self.language, self.transforms[0].patches, self.cfg.max_length, ask=True)
         return {"input_ids": torch.tensor(input_ids),
                 "images": [[transform(image) for transform in self.transforms] for image in images]}
