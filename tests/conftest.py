@@ -13,8 +13,9 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=200, help="tries for each reader of test_fuzz.py: 200")
 
 
-# What starts train.py again and again. All others are `quick`: under a minute, for between two edits.
-SLOW = ("test_actions", "test_faults", "test_owner", "test_shard", "test_train", "test_model")
+# What starts train.py again and again, or servers.
+# All others are `quick`: under a minute, for between two edits.
+SLOW = ("test_actions", "test_faults", "test_owner", "test_shard", "test_train", "test_model", "test_serve")
 
 
 def pytest_configure(config):

@@ -26,7 +26,8 @@ TESTS = {"config": "errors fuzz", "sampler": "sampler", "prompts": "prompts chat
          "checkpoint": "checkpoint errors fuzz", "train": "model train", "actions": "actions",
          "owner": "owner", "ranks": "train faults owner", "errors": "train faults",
          "chat": "chat prompts", "weights": "convert", "llava": "convert", "openvla": "convert",
-         "convert": "convert", "evaluate": "evaluate", "toy/world": "toy", "toy/robot": "toy_robot"}
+         "convert": "convert", "desk": "serve", "protocols": "serve", "serve": "serve",
+         "evaluate": "evaluate", "toy/world": "toy", "toy/robot": "toy_robot"}
 SWAPS = {"+": "-", "-": "+", "*": "+", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
          "and": "or", "or": "and", "True": "False", "False": "True", "min": "max", "max": "min",
          "ceil": "floor", "any": "all", "all": "any", "//": "/", "not": ""}
