@@ -20,7 +20,7 @@ from images import read_image
 from prompts import TAG, images_of, turns_of
 
 EXAMPLES = 12                                               # of the run's data, that are offered
-PIXELS = 50_000_000                                         # of a request's largest picture
+PIXELS = 50_000_000                                         # of a question's pictures
 
 
 @dataclass(eq=False)
@@ -36,9 +36,14 @@ class Job:
 
 class Desk:
     def __init__(self, ckpt, batch_size, max_new_tokens):
-        self.assistant, self.batch_size, self.max_new_tokens = Assistant(ckpt), batch_size, max_new_tokens
-        known = getattr(self.assistant.model.llm.config, "max_position_embeddings", None) or 10 ** 9
-        self.longest = known - max_new_tokens               # so no neighbor in a batch can cut an answer
+        self.assistant, self.batch_size = Assistant(ckpt), batch_size
+        policy, llm = self.assistant.policy, self.assistant.model.llm
+        self.max_new_tokens = policy.dimensions if policy else max_new_tokens
+        known = getattr(llm.config, "max_position_embeddings", None) or 10 ** 9
+        self.longest = known - self.max_new_tokens          # so no neighbor in a batch can cut an answer
+        if self.longest < 1:
+            raise UserError(f"--max_new_tokens {max_new_tokens}: the language model knows {known} positions, "
+                            "and a question needs some of them")
         self.jobs, self.changed, self.reading = [], threading.Condition(), threading.Lock()
         self.answered = self.batches = 0
         Image.MAX_IMAGE_PIXELS = PIXELS // 2                # Pillow refuses what is twice as large
@@ -49,7 +54,12 @@ class Desk:
         earlier: the turns before it. Raises UserError where it can't be answered."""
         # One at a time: tokenizers are not made for several threads, and open pictures take much memory.
         with self.reading:
-            opened = [open_picture(*each) for each in enumerate(pictures, start=1)]
+            opened, pixels = [], 0
+            for number, sent in enumerate(pictures, start=1):
+                opened.append(open_picture(number, sent))
+                pixels += opened[-1].width * opened[-1].height
+                if pixels > PIXELS:
+                    raise BadExample(f"the pictures have more than {PIXELS:,} pixels. Make them smaller")
             example = self.assistant.example(question, opened, earlier)
         if len(example["input_ids"]) > self.longest:
             raise BadExample(f"the question takes {len(example['input_ids'])} positions; beside "
@@ -100,6 +110,9 @@ class Desk:
                 except Exception as error:                  # one job's; the others are to be answered
                     if len(jobs) == 1:
                         self._finish(jobs[0], error)
+                    else:
+                        print(f"{len(jobs)} requests failed as a batch ({type(error).__name__}), each is now "
+                              "tried alone; if memory ran out, lower --batch_size", file=sys.stderr, flush=True)
 
     def _answer(self, jobs):
         def after_each_token(ids, _):                                                       # (B, new)

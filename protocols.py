@@ -51,7 +51,7 @@ def file_bytes(text):
 
 def read_chat(asked, name):
     """A request to the model of this name -> what Desk.ask takes."""
-    if asked.get("model", name) != name:
+    if asked.setdefault("model", name) != name:
         raise Refused(f"there is no model {asked['model']!r} here, only {name!r}", 404)
     for field, value in asked.items():
         if field not in FIELDS and value not in (None, 0, "", [], {}) and (field, value) != ("n", 1):
@@ -86,10 +86,9 @@ def conversation(messages):
                   "of text and image_url parts}, the last from 'user'. A system text was learned, and stays")
 
 
-def write_chat(job, news, assistant, name):
+def write_chat(asked, job, news, language):
     """-> the objects that are sent: the events of a stream, or the one answer. news: see Desk.news."""
-    language = assistant.language
-    about = {"id": f"chatcmpl-{os.urandom(8).hex()}", "created": int(time.time()), "model": name,
+    about = {"id": f"chatcmpl-{os.urandom(8).hex()}", "created": int(time.time()), "model": asked["model"],
              "object": "chat.completion.chunk" if job.streams else "chat.completion"}
     sent, delta = "", {"role": "assistant"}
     for ids in news:
@@ -106,7 +105,9 @@ def write_chat(job, news, assistant, name):
         yield about | {"choices": [choice | {"message": message}], "usage": usage}
     else:
         yield about | {"choices": [choice | {"delta": delta | {"content": text[len(sent):]}}]}
-        yield about | {"choices": [], "usage": usage}
+        options = asked.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
+            yield about | {"choices": [], "usage": usage}
 
 
 # -- OpenVLA's and OFT's /act --------------------------------------------------------------------------------

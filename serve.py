@@ -85,7 +85,6 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(f"this server failed ({type(e).__name__}); its screen says why", 500)
         finally:
             if place:                                       # when all places are free, the server may end
-                self.wfile.flush()
                 self.server.places.release()
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
@@ -101,8 +100,8 @@ class Handler(BaseHTTPRequestHandler):
         if path in server.files:
             self.reply(*server.files[path])
         elif path == "/health":
-            self.reply({"status": "ok", "model": server.name, "waiting": len(desk.jobs),
-                        "answered": desk.answered, "batches": desk.batches})
+            self.reply({"status": "ok", "model": server.name, "answered": desk.answered,
+                        "batches": desk.batches, "waiting": sum(not job.gone for job in desk.jobs)})
         elif not place:
             raise Refused(f"{server.cfg.waiting} requests wait. Come later", 503, {"Retry-After": "1"})
         elif (path == "/act") != (desk.assistant.policy is not None):
@@ -143,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def chat(self, asked, desk):
         job = desk.ask(**protocols.read_chat(asked, self.server.name))
-        for said in protocols.write_chat(job, desk.news(job, self.hung_up), desk.assistant, self.server.name):
+        for said in protocols.write_chat(asked, job, desk.news(job, self.hung_up), desk.assistant.language):
             self.event(json.dumps(said)) if job.streams else self.reply(said)
         if job.streams:
             self.event("[DONE]")
@@ -176,6 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.head(status, kind, headers | {"Content-Length": len(content)})
         self.wfile.write(content)
+        self.wfile.flush()
 
     def head(self, status, kind, headers):
         self.close_connection |= self.left > 0

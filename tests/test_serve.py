@@ -1,6 +1,7 @@
 """serve.py, desk.py, protocols.py: a real server in a process of its own, and real clients."""
 import base64
 import http.client
+import io
 import itertools
 import json
 import os
@@ -109,6 +110,7 @@ class Served:
     def events(self, question, pictures=(), **more):
         """What a stream says -> the objects, without its [DONE]."""
         body = {"messages": [message(question, pictures)], "stream": True, **more}
+        body["stream_options"] = {"include_usage": True}
         *events, done, nothing = self.say("POST", CHAT, body)[2].decode().split("\n\n")
         assert done == "data: [DONE]" and nothing == ""
         return [json.loads(event.removeprefix("data: ")) for event in events]
@@ -314,6 +316,13 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
+def flat():
+    """A PNG of 20 million pixels in 30 kB."""
+    file = io.BytesIO()
+    Image.new("L", (5000, 4000)).save(file, "png")
+    return file.getvalue()
+
+
 def text(content, **more):
     return {"messages": [{"role": "user", "content": content}], **more}
 
@@ -349,6 +358,8 @@ REFUSED = {
     "no picture": ("POST", CHAT, shows(encoded(b"GIF89a, or so it says")), 400, "picture 1 can't be read"),
     "a program for Ghostscript": ("POST", CHAT, shows(encoded(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 400,
                                   "picture 1 can't be read"),
+    "many large ones": ("POST", CHAT, {"messages": [message("?", [encoded(flat())] * 3)]}, 400,
+                        "the pictures have more than 50,000,000 pixels"),
     "a bomb": ("POST", CHAT, shows(encoded(bomb())), 400, "exceeds limit of 50000000 pixels"),
     "more than 20 MB": ("POST", CHAT, b" " * 20_000_001, 413, "20,000,001 bytes, at most 20,000,000"),
     "a page of another site": ("POST", CHAT, text("a"), 403, "other sites", {"Origin": "http://evil.org"}),
@@ -510,6 +521,8 @@ def test_nobody_is_cut_by_a_neighbor(folder, servers):
     assert here.longest == 224
     with pytest.raises(BadExample, match="there is room for 224. Shorten it"):
         here.ask("red " * 300, [])
+    with pytest.raises(UserError, match="--max_new_tokens 1024: the language model knows 1024 positions"):
+        Desk(folder / "runs/chatty", 8, 1024)
 
 
 def test_a_picture_is_read_by_the_rules_of_training(folder, tmp_path):
