@@ -275,6 +275,15 @@ class Episodes(Conversations):
         return np.array(actions, np.float64)
 
 
+def open_episodes(cfg, language, about):
+    """The files of stage vla as train.py reads them -> how their actions become tokens, a dataset of each."""
+    policy = ActionTokens(end_of_actions(language.tokenizer), {})
+    files = [Episodes(path, *about, policy, cfg.skip_bad_examples) for path in cfg.train_json.split(",")]
+    for file in files:
+        policy.learn_units(file, [int(d) for d in cfg.kept_dimensions])
+    return policy, files
+
+
 AREA = 0.9                                                  # share of a picture that a crop keeps, as OpenVLA
 
 

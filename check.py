@@ -95,6 +95,18 @@ def known_positions(llm_backbone):
     return getattr(config, "max_position_embeddings", None)
 
 
+def check_fits(llm, longest, trained, pictures_only):
+    """Raises UserError where the data asks for what this model can't do.
+    longest: example [positions]; trained: parts."""
+    known = getattr(llm.config, "max_position_embeddings", None) or longest
+    if longest > known:
+        raise UserError(f"the longest example takes {longest} positions, but the language model knows "
+                        f"{known}. Set --max_length {known}")
+    if not pictures_only and "llm" not in trained:
+        raise UserError(f"--trains {','.join(sorted(trained))}: a text-only example can train only the "
+                        "language model, and the data holds such examples. Leave them out, or add llm")
+
+
 def check(cfg):
     """Reads every example and every picture, prints what is wrong and what there is.
     Returns the number of errors."""

@@ -29,8 +29,6 @@ import ranks
 from config import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-          torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8"}                  # safetensors' words
 
 # -- a step folder: find -------------------------------------------------------------------------------------
 
@@ -142,6 +140,7 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
     Returns the folder. One whose state.json says "forever": true is never removed. Raises UserError where the
     disk refuses; what was there stays.
     """
+    import slices
     run = Path(run)
     if (run / "metrics.jsonl").exists():
         flush(run / "metrics.jsonl")                        # a power cut must not take its lines
@@ -155,7 +154,7 @@ def save(run, step, model_tensors, optimizer_tensors, state, keep):
         unfinished.mkdir()              # without parents: a run folder that was moved away is not made anew
         files = {}
         for name, tensors in zip(FILES, (model_tensors, optimizer_tensors)):
-            write_tensors(unfinished / name, tensors)
+            slices.write_tensors(unfinished / name, tensors)
             flush(unfinished / name)
             with open(unfinished / name, "rb") as file:
                 files[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(),
@@ -235,13 +234,15 @@ def flush(path):
 
 # -- load and resume -----------------------------------------------------------------------------------------
 
-def resume(run, model, optimizer):
+def resume(run, model, optimizer, scaler):
     """Restores the newest checkpoint of the run, if there is one -> the number of steps done."""
     rank, step = dist.get_rank(), 0
     folder = together(lambda: newest(run, aside=True))
     if folder:
-        step = read_state(folder)["step"]
+        state = read_state(folder)
+        step = state["step"]
         load_weights(model, folder)
+        scaler.load_state_dict(state.get("scaler") or scaler.state_dict())      # there is one in fp16 only
         set_random_state(load_optimizer(model, optimizer, folder).get(str(rank)))
     if rank == 0:
         drop_lost_lines(Path(run) / "metrics.jsonl", step)
@@ -289,34 +290,6 @@ def tensors_of(module, parts):
 def whole(tensor):
     """A tensor of which each rank may hold a slice (--shard). Then all ranks must call this together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def in_file_order(tensors):
-    """Names, the widest type first, as safetensors has them: so each tensor starts where its type wants."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-
-
-def give_slices(*files):
-    """What the other ranks do while rank zero writes: it gathers one tensor after the other."""
-    for tensors in files:
-        for name in in_file_order(tensors):
-            whole(tensors[name])
-
-
-def write_tensors(file, tensors):
-    """A safetensors file. Unlike its own save_file, this holds one whole tensor in memory at a time: weights
-    and moments of 7 billion parameters are 84 GB."""
-    head, end = {}, 0
-    for name in in_file_order(tensors):
-        start, end = end, end + tensors[name].nbytes
-        head[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
-                      "data_offsets": [start, end]}
-    head = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
-    head += b" " * (-len(head) % 8)
-    with open(file, "wb") as out:
-        out.write(len(head).to_bytes(8, "little") + head)
-        for name in in_file_order(tensors):
-            out.write(whole(tensors[name]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def load_weights(model, step_folder):
@@ -392,11 +365,11 @@ def load_optimizer(model, optimizer, step_folder):
 def gather_random_states():
     """The random state of every rank: {"random.0": tensor, "random.1": tensor, ...}. Every rank calls it."""
     state = torch.get_rng_state()                           # what dropout draws from, uint8
-    if torch.cuda.is_available():
-        state = torch.cat([state, torch.cuda.get_rng_state()]).cuda()
+    if torch.accelerator.is_available():
+        state = torch.cat([state, torch.get_device_module().get_rng_state()])
     states = [torch.empty_like(state) for _ in range(dist.get_world_size())]
-    dist.all_gather(states, state)
-    return {f"random.{rank}": state.cpu() for rank, state in enumerate(states)}
+    dist.all_gather(states, state, group=ranks.cpu_group)
+    return {f"random.{rank}": state for rank, state in enumerate(states)}
 
 
 def set_random_state(state):
@@ -404,5 +377,5 @@ def set_random_state(state):
         return
     cpu = len(torch.get_rng_state())
     torch.set_rng_state(state[:cpu])
-    if len(state) > cpu and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[cpu:])
+    if len(state) > cpu and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(state[cpu:])

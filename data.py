@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from config import BadExample, UserError, printable
-from prompts import IGNORE, assemble, images_of, to_pieces, tokenize
+from prompts import IGNORE, assemble, find_places, images_of, to_pieces, tokenize
 
 SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -253,7 +253,8 @@ def collate(examples):
 
     input_ids (B, T), labels (B, T), attention_mask (B, T) bool, pixel_values: one (N, C, H, W) per backbone,
     N pictures in the order of the examples (no tensor at all for text only), ids and sources (the files'
-    names): list of str, replaced: how many (see skip_bad).
+    names): list of str, replaced: how many (see skip_bad). places: where patches stand, (N P,), and where the
+    next token is supervised, (S,): sought here, as on a GPU the CPU would wait to learn how many there are.
 
     The mask is True where a position is not padding. In training it is used for counting only: VLM.forward
     says why the model needs none. In generation the padding stands on the left, so there it needs one.
@@ -265,12 +266,11 @@ def collate(examples):
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
     images = [image for example in examples for image in example["images"]]
     input_ids = pad([example["input_ids"] for example in examples], batch_first=True)
+    labels = pad([example["labels"] for example in examples], batch_first=True, padding_value=IGNORE)
     return {"ids": [example["id"] for example in examples],
             "replaced": sum(example["replaced"] for example in examples),
             "sources": [example["source"] for example in examples],
-            "input_ids": input_ids,
-            "labels": pad([example["labels"] for example in examples], batch_first=True,
-                          padding_value=IGNORE),
+            "input_ids": input_ids, "labels": labels, "places": find_places(input_ids, labels),
             # From the lengths. `input_ids != pad` would also hide every end token where the two share an id.
             "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],
             "pixel_values": [torch.stack(views) for views in zip(*images)]}

@@ -1,6 +1,7 @@
 """Score a trained model's greedy answers by exact match, and draw some of them.
 
     python evaluate.py --ckpt runs/toy-finetune-x7 --json data/toy/test.json --image_dir data/toy/images
+    torchrun --nproc_per_node 8 evaluate.py ...             # each GPU answers every eighth example
 
 The last reply of each conversation is the expected answer; earlier turns are given. Case, outer spaces and
 a final dot do not count. An example's "type" (or "category", as others call it), if it has one, makes a
@@ -11,6 +12,7 @@ it does its task is found out by its world: `python toy/robot.py --ckpt runs/toy
 """
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from config import BadExample, UserError, check_limits, knob, parse, printable
@@ -24,7 +26,8 @@ class EvaluateConfig:
     out: str = knob(
         "", "where the scores go; empty = scores.json in the run folder. A picture of the same name is drawn "
         "beside it")
-    batch_size: int = knob(50, "examples answered at once")
+    batch_size: int = knob(50, "examples answered at once, on each GPU")
+    num_workers: int = knob(2, "processes that read examples, per GPU; 0 = none")
     max_new_tokens: int = knob(64, "longest answer", "tokens")
     max_examples: int = knob(0, "score only the first so many; 0 = all")
     unnorm_key: str = knob(
@@ -37,14 +40,16 @@ class EvaluateConfig:
         if not self.json:
             raise UserError("--json FILE is missing")
         check_limits(self, {"batch_size": (1, 10 ** 5), "max_new_tokens": (1, 10 ** 5),
-                            "max_examples": (0, 10 ** 9)})
+                            "max_examples": (0, 10 ** 9), "num_workers": (0, 1000)})
 
 
 if __name__ == "__main__":
     cfg = parse(EvaluateConfig, description="Score a trained model's greedy answers by exact match.")
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import ranks
@@ -62,7 +67,43 @@ def normal(answer):
 def blank(example, transforms):
     """The example with black pictures: each transform's own view of black."""
     black = Image.new("RGB", (64, 64))
-    return example | {"images": [[transform(black) for transform in transforms] for _ in example["images"]]}
+    return example | {"images": [[transform.resized(black) for transform in transforms]
+                                 for _ in example["images"]]}
+
+
+class Questions(Dataset):
+    """(i, what `ask(i)` gives) for each of the indices."""
+
+    def __init__(self, ask, indices):
+        self.ask, self.indices = ask, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, place):
+        return self.indices[place], self.ask(self.indices[place])
+
+
+def batches(ask, indices, assistant, cfg, unread):
+    """This rank's share of the examples, in batches of (i, example). Workers read them while the GPU answers.
+    An example that can't be read goes to the list `unread`."""
+    mine = Questions(ask, indices[dist.get_rank()::dist.get_world_size()])
+    loader = DataLoader(mine, cfg.batch_size, num_workers=cfg.num_workers, collate_fn=list,
+                        worker_init_fn=ranks.ignore_signals)
+    for batch in tqdm(loader, desc="scoring", disable=True if dist.get_rank() else None):
+        unread += [example for _, example in batch if isinstance(example, BadExample)]
+        batch = [(i, example) for i, example in batch if not isinstance(example, BadExample)]
+        if cfg.blank_images:
+            batch = [(i, blank(example, assistant.transforms)) for i, example in batch]
+        if batch:
+            yield batch
+
+
+def of_all_ranks(found):
+    """A list of each rank -> one list of all."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, found, group=ranks.cpu_group)
+    return [each for found in lists for each in found]
 
 
 def score(assistant, data, cfg, answers):
@@ -71,22 +112,17 @@ def score(assistant, data, cfg, answers):
     Each result is written into the file `answers` as it comes: nobody wants to lose hours of work to the last
     picture. An example that can't be read is left out, and named at the end.
     """
-    indices = range(min(len(data), cfg.max_examples or len(data)))
+    indices = list(range(min(len(data), cfg.max_examples or len(data))))
     if assistant.language.captions:
         kept = [i for i in indices if len(images_of(data.row(i))) == 1]
-        if len(kept) < len(indices):
+        if len(kept) < len(indices) and dist.get_rank() == 0:
             print(f"left out {len(indices) - len(kept)} examples without exactly one picture: "
                   "an align run only captions")
         indices = kept
     results, unread = [], []
-    for start in tqdm(range(0, len(indices), cfg.batch_size), desc="scoring", disable=None):
-        examples = [(i, question(data, i)) for i in indices[start:start + cfg.batch_size]]
-        unread += [example for _, example in examples if isinstance(example, BadExample)]
-        examples = [(i, example) for i, example in examples if not isinstance(example, BadExample)]
-        if cfg.blank_images:
-            examples = [(i, blank(example, assistant.transforms)) for i, example in examples]
-        given = assistant.answer([example for _, example in examples], cfg.max_new_tokens) if examples else []
-        for (i, _), answer in zip(examples, given):
+    for batch in batches(partial(question, data), indices, assistant, cfg, unread):
+        given = assistant.answer([example for _, example in batch], cfg.max_new_tokens)
+        for (i, _), answer in zip(batch, given):
             row = data.row(i)
             asked, expected = (turn["value"] for turn in row["conversations"][-2:])
             kind = printable(str(row.get("type", row.get("category", "all"))), 60)
@@ -94,7 +130,7 @@ def score(assistant, data, cfg, answers):
                             "answer": answer, "right": normal(answer) == normal(expected)})
             answers.write(json.dumps(results[-1]) + "\n")
         answers.flush()
-    return results, unread
+    return sorted(of_all_ranks(results), key=lambda result: result["index"]), of_all_ranks(unread)
 
 
 def question(data, i):
@@ -165,15 +201,13 @@ def open_loop(assistant, data, cfg):
     look: always the mean action of the training data; always what was done one step before."""
     wanted, key = data.actions()[:cfg.max_examples or None], assistant.policy.key(cfg.unnorm_key)
     data.check()
-    got, unread = np.full_like(wanted, np.nan), []          # (n, A); nan where a picture can't be read
-    for start in tqdm(range(0, len(wanted), cfg.batch_size), desc="scoring", disable=None):
-        batch = [(i, data.question(i)) for i in range(start, min(start + cfg.batch_size, len(wanted)))]
-        unread += [example for _, example in batch if isinstance(example, BadExample)]
-        batch = [(i, example) for i, example in batch if not isinstance(example, BadExample)]
-        if cfg.blank_images:
-            batch = [(i, blank(example, assistant.transforms)) for i, example in batch]
-        if batch:
-            got[[i for i, _ in batch]] = assistant.act_on([example for _, example in batch], key)
+    acted, unread = [], []
+    for batch in batches(data.question, list(range(len(wanted))), assistant, cfg, unread):
+        actions = assistant.act_on([example for _, example in batch], key)
+        acted += [(i, action) for (i, _), action in zip(batch, actions)]
+    got, unread = np.full_like(wanted, np.nan), of_all_ranks(unread)    # (n, A); nan where one can't be read
+    for i, action in of_all_ranks(acted):
+        got[i] = action
     mean = np.broadcast_to(assistant.policy.statistics[key]["action"]["mean"], wanted.shape)
     first = data.first_steps()[:len(wanted), None]
     before = np.where(first, mean, np.roll(wanted, 1, axis=0))
@@ -182,9 +216,10 @@ def open_loop(assistant, data, cfg):
         return {"count": 0}, unread
     errors = {name: np.abs(guess - wanted)[read].mean(0).tolist() for name, guess in
               (("policy", got), ("mean action", mean), ("action before", before))}
-    print("mean |error| in physical units, for each dimension and over all")
-    for name, error in errors.items():
-        print(f"{name:<16}", " ".join(f"{e:8.4f}" for e in error), f"| {np.mean(error):8.4f}")
+    if dist.get_rank() == 0:
+        print("mean |error| in physical units, for each dimension and over all")
+        for name, error in errors.items():
+            print(f"{name:<16}", " ".join(f"{e:8.4f}" for e in error), f"| {np.mean(error):8.4f}")
     return {"l1": errors, "count": int(read.sum())}, unread
 
 
@@ -208,20 +243,23 @@ def is_png(path):
 
 
 def main(cfg):
-    assistant = Assistant(cfg.ckpt)
+    device, _ = ranks.start()
+    rank, assistant = dist.get_rank(), Assistant(cfg.ckpt, device)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
-    check_writable(out, [cfg.json])
+    if rank == 0:
+        check_writable(out, [cfg.json])
+    ranks.barrier()
     data = assistant.dataset(cfg.json, cfg.image_dir)
     if assistant.policy:
         scores, unread = open_loop(assistant, data, cfg)
         results = scores["count"]
-        if results:
+        if results and rank == 0:
             write_scores(scores, out)
     else:
-        so_far = unused_name(out.with_name(f"{out.stem}.unfinished.jsonl"))
+        so_far = unused_name(out.with_name(f"{out.stem}.unfinished{rank or ''}.jsonl"))
         with open(so_far, "x") as answers:
             results, unread = score(assistant, data, cfg, answers)
-        if results:
+        if results and rank == 0:
             scores = summary(results)
             print_table(scores)
             write_scores(scores | {"answers": results}, out)

@@ -10,6 +10,7 @@ No --image: a text question. Several: `--image a.png b.png`, in this order.
 """
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from config import BadExample, Config, UserError, check_limits, knob, parse, read_config
 
@@ -34,6 +35,7 @@ if __name__ == "__main__":
     cfg = parse(GenerateConfig, description="Ask a trained model.")  # before torch is imported: a fast --help
 
 import torch
+from torch.nn import functional as F
 
 import chat
 import checkpoint
@@ -41,7 +43,8 @@ import ranks
 from data import Conversations
 from images import Pictures, load_image_transforms, read_image
 from model import load_vlm
-from prompts import TAG, load_language, tokenize
+from profiling import working_type
+from prompts import TAG, find_places, load_language, tokenize
 
 
 class Assistant:
@@ -49,7 +52,7 @@ class Assistant:
 
     def __init__(self, ckpt, device=None):
         self.cfg: Config = read_config(ckpt)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device) if device else ranks.find_device()
         # An aligned model has only learned to caption: no question stood before its captions.
         self.language = load_language(self.cfg.llm_backbone, self.cfg.prompt, self.cfg.stage == "align",
                                       self.cfg.picture_place)
@@ -67,7 +70,8 @@ class Assistant:
         if state.get("actions"):
             import actions
             self.policy = actions.ActionTokens.load(state["actions"])
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        fp32 = self.device.type == "cpu" or self.cfg.precision == "fp32"    # on whatever card it was trained
+        dtype = torch.float32 if fp32 else working_type("auto", self.device)
         self.model = load_vlm(self.cfg, trained=(), frozen_dtype=dtype)
         checkpoint.load_weights(self.model, folder)
         self.model.to(self.device).eval().requires_grad_(False)
@@ -90,7 +94,7 @@ class Assistant:
                                             "value": (TAG + "\n") * (len(images) - tags) + question}]}
         input_ids, _ = tokenize(row, self.language, self.transforms[0].patches, self.cfg.max_length, ask=True)
         return {"input_ids": torch.tensor(input_ids),
-                "images": [[transform(image) for transform in self.transforms] for image in images]}
+                "images": [[transform.resized(image) for transform in self.transforms] for image in images]}
 
     @torch.inference_mode()
     def answer(self, examples, max_new_tokens=256, streamer=None):
@@ -110,38 +114,60 @@ class Assistant:
     @torch.inference_mode()
     def act_on(self, examples, key=""):
         """Examples of one step each, as `dataset` gives them -> actions (n, A)."""
-        key, policy = self.policy.key(key), self.policy
-        allowed = policy.ids                                    # only actions: a policy can't answer in words
-        ids = self.answer_ids(examples, policy.dimensions, min_new_tokens=policy.dimensions,
-                              prefix_allowed_tokens_fn=lambda *_: allowed)
-        return policy.decode(ids, key)                                                              # (n, A)
+        key = self.policy.key(key)
+        return self.policy.decode(self.action_ids(examples), key)
 
-    def answer_ids(self, examples, max_new_tokens=256, streamer=None, **options):
-        """-> one list of new ids per example, end token included.
+    def action_ids(self, examples):
+        """-> (n, A) the likeliest action token, A times. A policy can't answer in words, so of the output
+        layer only the 256 rows of actions are used: there is nothing to mask, and no V logits."""
+        policy, llm = self.policy, self.model.llm
+        x, mask, _ = self.embed(examples, policy.dimensions, policy.dimensions)         # (B, T, D), (B, T)
+        positions = (mask.cumsum(1) - 1).clamp_min(0).to(self.device)   # padding on the left is not counted
+        mask = None if mask.all() else mask.to(self.device)             # without one, attention is faster
+        head, cache, ids = llm.get_output_embeddings(), None, []
+        weight, bias = (rows if rows is None else rows[policy.ids[0]:policy.end]
+                        for rows in (head.weight, head.bias))                           # (256, D), (256,)
+        for _ in range(policy.dimensions):
+            out = llm.base_model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
+                                 past_key_values=cache, use_cache=True)
+            ids.append(F.linear(out.last_hidden_state[:, -1], weight, bias).argmax(-1) + policy.ids[0])
+            x, cache, positions = llm.get_input_embeddings()(ids[-1][:, None]), out.past_key_values, (
+                positions[:, -1:] + 1)
+            mask = mask if mask is None else torch.cat([mask, mask[:, -1:]], 1)
+        return torch.stack(ids, 1).cpu().numpy()
 
-        Prompts are padded on the left, so that all end where the answers begin. Here the model needs a mask:
-        causal attention looks to the left, where the padding now stands. In training it stands on the right.
-        """
-        rows, longest = [], max(len(example["input_ids"]) for example in examples)
-        known = getattr(self.model.llm.config, "max_position_embeddings", None) or longest + max_new_tokens
-        if longest + options.get("min_new_tokens", 1) > known:
-            raise BadExample(f"the question takes {longest} positions, and the language model knows {known}: "
-                             "no answer fits behind it. Shorten it")
-        max_new_tokens = min(max_new_tokens, known - longest)
-        mask = torch.zeros(len(examples), longest, dtype=torch.long, device=self.device)            # (B, T)
-        for i, example in enumerate(examples):
-            pixels = [torch.stack(views).to(self.device) for views in zip(*example["images"])]
-            embedded = self.model.embed(example["input_ids"][None].to(self.device), pixels)[0]      # (T_i, D)
-            mask[i, longest - len(embedded):] = 1
-            rows.append(torch.cat([embedded.new_zeros(longest - len(embedded), embedded.shape[1]), embedded]))
+    def answer_ids(self, examples, max_new_tokens=256, streamer=None):
+        """-> one list of new ids per example, end token included."""
+        x, mask, left = self.embed(examples, 1, max_new_tokens)
         stop = self.language.end_id
-        new = self.model.llm.generate(inputs_embeds=torch.stack(rows), attention_mask=mask, do_sample=False,
-                                      max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop,
-                                      streamer=streamer, **options)                                 # (B, new)
+        new = self.model.llm.generate(inputs_embeds=x, attention_mask=mask.to(self.device), do_sample=False,
+                                      max_new_tokens=left, eos_token_id=stop, pad_token_id=stop,
+                                      streamer=streamer)                                            # (B, new)
         answers = []
         for ids in new.tolist():
             answers.append(ids[:ids.index(stop) + 1] if stop in ids else ids)
         return answers
+
+    def embed(self, examples, least, most):
+        """-> x (B, T, D); mask (B, T), on the CPU; how many tokens may follow: `most`, or what the model has
+        room for. Raises BadExample where not even `least` fit.
+
+        Prompts are padded on the left, so that all end where the answers begin. Here the model needs a mask:
+        causal attention looks to the left, where the padding now stands. In training it stands on the right.
+        """
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+        rows = [example["input_ids"] for example in examples]
+        input_ids, mask = pad(rows), pad([torch.ones_like(row) for row in rows])                    # (B, T)
+        longest = input_ids.shape[1]
+        known = getattr(self.model.llm.config, "max_position_embeddings", None) or longest + most
+        if longest + least > known:
+            raise BadExample(f"the question takes {longest} positions, and the language model knows {known}: "
+                             "no answer fits behind it. Shorten it")
+        images = [image for example in examples for image in example["images"]]
+        pixels = [torch.stack(views).to(self.device) for views in zip(*images)]
+        patches_at, _ = find_places(input_ids, input_ids)
+        x = self.model.embed(input_ids.to(self.device), pixels, patches_at.to(self.device))
+        return x, mask, min(most, known - longest)
 
 
 def main(cfg):

@@ -16,7 +16,7 @@ from config import BadExample, UserError, printable
 
 
 class Pictures:
-    """Reads the pictures of an example: (3, size, size) tensors, one for each vision backbone.
+    """Reads the pictures of an example: (3, size, size) uint8 tensors, one for each vision backbone.
 
     image_dir:  folder that the pictures' names start from; names that lead out of it are refused.
     transforms: one ImageTransform for each backbone.
@@ -44,7 +44,7 @@ class Pictures:
 
     def views(self, picture):
         """An open picture (PIL, RGB) -> one tensor for each backbone."""
-        return [transform(picture) for transform in self.transforms]
+        return [transform.resized(picture) for transform in self.transforms]
 
     def path(self, name):
         path = self.image_dir / name
@@ -94,6 +94,7 @@ def read_image(path):
 
 class ImageTransform:
     """A picture -> (3, size, size) float tensor for one backbone, by that backbone's own preprocessor file.
+    `resized` is done where pictures are read, `normal` by VisionBackbone on its device: bytes travel between.
 
     resize: resize-naive squashes to a square; resize-crop brings the shorter side to size and cuts the other;
     letterbox pads with the mean color, then resizes. In this order and with this rounding each equals, bit
@@ -111,6 +112,17 @@ class ImageTransform:
             raise ValueError(f"size {size}, patch size {patch_size}, mean {mean}, std {std}")
 
     def __call__(self, image):
+        return self.normal(self.resized(image))
+
+    def normal(self, pixels):                               # (..., 3, size, size) uint8
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    def levels(self):
+        """(3 * 256,) what `normal` makes of each value of each color. A GPU that computed it could round
+        otherwise (torch multiplies by 1 / 255 there); a table has the same bits on every device."""
+        return self.normal(torch.arange(256).expand(3, 1, 256)).flatten()
+
+    def resized(self, image):
         image = self.before(image) if self.before else image
         size, (width, height) = self.size, image.size
         short, long = min(width, height), max(width, height)
@@ -128,8 +140,7 @@ class ImageTransform:
             image = padded.resize((size, size), self.resample)
         else:
             image = image.resize((size, size), self.resample)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                 # (3, size, size) uint8
-        return (pixels.float() / 255 - self.mean) / self.std
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)                   # (3, size, size) uint8
 
 
 def load_image_transforms(names, resize, as_openvla=False, before=None):

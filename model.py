@@ -12,14 +12,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, GenerationConfig,
-                          SiglipVisionModel)
+                          SiglipVisionModel, masking_utils)
 from transformers.utils import logging
 
 from config import UserError
-from prompts import IGNORE, IMAGE
+from images import load_image_transforms
+from prompts import find_places
 
 logging.disable_progress_bar()                      # a bar and a report for each backbone and rank would bury
 logging.set_verbosity_error()                       # what matters; `load` looks at what is missing itself
+# It asks whether a row is several texts in one. Ours never are, and the CPU would wait for a GPU to hear so.
+masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 PARTS = ("vision", "projector", "llm")
 CHUNK = 4096                                                # supervised positions with logits at one time
@@ -48,25 +51,34 @@ class VisionBackbone(nn.Module):
     whole picture.
     """
 
-    def __init__(self, models):
+    def __init__(self, models, transforms=()):
         super().__init__()
-        self.models = nn.ModuleList(models)
-        # transformers returns hidden_states: what the embeddings give, then what each block gives. So the
-        # second-to-last block's output is hidden_states[-2], and the last block works for nothing. It is
-        # replaced by a function that returns its input: the same features, one block less to compute.
+        self.models, self.features = nn.ModuleList(models), None
+        # The last block works for nothing. It is replaced by a function that keeps its input, the features:
+        # one block less to compute. (transformers gives them as hidden_states[-2], and keeps all the others.)
         for model in models:
-            blocks(model)[-1].forward = lambda states, *_, **__: states
+            blocks(model)[-1].forward = self.keep
+        if transforms:                                      # (models, 768)
+            self.register_buffer("levels", torch.stack([t.levels() for t in transforms]), persistent=False)
         self.skip = [VISION_MODELS[model.config.model_type][1](model.config) for model in models]
         self.width = sum(model.config.hidden_size for model in models)                      # D_v
 
+    def keep(self, states, *_, **__):
+        self.features = states
+        return states
+
     def forward(self, pixel_values):                        # one (N, C, H, W) per model
         features = []
-        for model, skip, pixels in zip(self.models, self.skip, pixel_values, strict=True):
+        for i, (model, skip, pixels) in enumerate(zip(self.models, self.skip, pixel_values, strict=True)):
+            if pixels.dtype == torch.uint8:                 # as files have them, see ImageTransform
+                color = torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device)[:, None, None]
+                pixels = self.levels[i].index_select(0, (pixels + color).flatten()).view(pixels.shape)
             # DINO always fits its position embeddings to the picture's size; the others do so when asked.
             fit = {"interpolate_pos_encoding": True} if pixels.shape[-1] != model.config.image_size \
                 and not model.config.model_type.startswith("dino") else {}
-            states = model(pixels.to(model.dtype), output_hidden_states=True, **fit).hidden_states
-            features.append(states[-2][:, skip:])                                   # (N, P, D_v of one model)
+            model(pixels.to(model.dtype), **fit)
+            features.append(self.features[:, skip:])                                # (N, P, D_v of one model)
+        self.features = None                                # or a step's activations would outlive it
         return torch.cat(features, dim=-1)                                                  # (N, P, D_v)
 
 
@@ -118,19 +130,8 @@ class VLM(nn.Module):
         """Gives its memory back. It can't be used any more."""
         for tensor in (*self.parameters(), *self.buffers()):
             tensor.grad, tensor.data = None, tensor.data.new_empty(0)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def check_fits(self, longest, trained, pictures_only):
-        """Raises UserError where the data asks for what this model can't do.
-        longest: example [positions]; trained: parts."""
-        known = getattr(self.llm.config, "max_position_embeddings", None) or longest
-        if longest > known:
-            raise UserError(f"the longest example takes {longest} positions, but the language model knows "
-                            f"{known}. Set --max_length {known}")
-        if not pictures_only and "llm" not in trained:
-            raise UserError(f"--trains {','.join(sorted(trained))}: a text-only example can train only the "
-                            "language model, and the data holds such examples. Leave them out, or add llm")
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     def use_recomputing(self):
         """Recompute the LLM's activations in backward instead of keeping them ("gradient checkpointing").
@@ -146,7 +147,7 @@ class VLM(nn.Module):
         for block in blocks(self.llm.base_model):
             block.compile(dynamic=True)
 
-    def embed(self, input_ids, pixel_values):               # (B, T), one (N, C, H, W) per vision model
+    def embed(self, input_ids, pixel_values, patches_at=None):  # (B, T), one (N, C, H, W) per model, (N P,)
         """Token embeddings with the projected patches in their places -> (B, T, D)."""
         x = self.llm.get_input_embeddings()(input_ids.clamp_min(0))                         # (B, T, D)
         if len(pixel_values) == 0:
@@ -154,25 +155,26 @@ class VLM(nn.Module):
         with torch.set_grad_enabled("vision" in self.trained and torch.is_grad_enabled()):
             features = self.vision(pixel_values)                                            # (N, P, D_v)
         patches = self.projector(features.to(self.projector[0].weight.dtype))               # (N, P, D)
-        here = input_ids == IMAGE                                                           # (B, T)
-        assert here.sum() == patches.shape[0] * patches.shape[1], (
-            f"{int(here.sum())} places for {patches.shape[0]} pictures of {patches.shape[1]} patches")
-        return x.masked_scatter(here[..., None], patches.to(x.dtype))                       # (B, T, D)
+        patches_at = find_places(input_ids, input_ids)[0] if patches_at is None else patches_at     # (N P,)
+        rows, columns = patches_at // x.shape[1], patches_at % x.shape[1]                   # (N P,) each
+        return x.index_put((rows, columns), patches.flatten(0, 1).to(x.dtype))              # (B, T, D)
 
-    def forward(self, input_ids, labels, pixel_values):
+    def forward(self, input_ids, labels, pixel_values, places=None):
         """-> the cross-entropy summed over all supervised tokens, one fp32 number (it is train.py's
         -log(probability)), and the likeliest token at each of their places, (S,). A patch is never guessed.
 
         The shift by one: what comes out at position t has seen the tokens up to t, and is the guess for token
         t + 1. So outputs 0 ... T - 2 are compared with labels 1 ... T - 1; label 0 is nobody's target.
+        `places` says where, see `collate`; without it a GPU is waited for.
 
         No attention mask: padding stands on the right and attention is causal, so no real token ever sees it.
         Without a mask the attention kernel takes its fast causal path.
         """
-        x = self.embed(input_ids, pixel_values)                                             # (B, T, D)
+        patches_at, learned_at = places or find_places(input_ids, labels)                      # (N P,), (S,)
+        x = self.embed(input_ids, pixel_values, patches_at)                                 # (B, T, D)
         states = self.llm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state    # (B, T, D)
-        learned = labels[:, 1:] != IGNORE                                                   # (B, T - 1)
-        states, targets = states[:, :-1][learned], labels[:, 1:][learned]                   # (S, D), (S,)
+        states = states.flatten(0, 1).index_select(0, learned_at)                           # (S, D)
+        targets = labels.flatten().index_select(0, learned_at + 1)                          # (S,)
         if len(targets) <= CHUNK:
             return self.loss_of(states, targets)
         # Logits are the scores of all V tokens, before they become probabilities. For all S positions at once
@@ -198,7 +200,7 @@ def used_parameters(vision):
 
 # -- loading -------------------------------------------------------------------------------------------------
 
-def load_vision(names, dtype=torch.float32, as_openvla=False):
+def load_vision(names, dtype=torch.float32, as_openvla=False, transforms=()):
     """Folder or hub id, or several joined by commas -> VisionBackbone. as_openvla: see --openvla_vision."""
     models = []
     for name in names.split(","):
@@ -209,7 +211,7 @@ def load_vision(names, dtype=torch.float32, as_openvla=False):
         changed = {"hidden_act": "gelu"} if as_openvla and kind.startswith("siglip") else {}
         changed |= {"pos_embed_rescale": None} if kind == "dinov3_vit" else {}      # positions at random
         models.append(load(VISION_MODELS[kind][0], name, "--vision_backbone", dtype=dtype, **changed))
-    return VisionBackbone(models)
+    return VisionBackbone(models, transforms)
 
 
 def load_llm(name, dtype=torch.float32):
@@ -248,7 +250,8 @@ def load_vlm(cfg, trained=PARTS, frozen_dtype=torch.float32):
     """The VLM of a Config, its projector fresh from the seed. Parts that do not train get `frozen_dtype`."""
     trained = {name.split(".")[0] for name in trained}
     dtype = {name: torch.float32 if name in trained else frozen_dtype for name in PARTS}
-    vision = load_vision(cfg.vision_backbone, dtype["vision"], cfg.openvla_vision)
+    transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)
+    vision = load_vision(cfg.vision_backbone, dtype["vision"], cfg.openvla_vision, transforms)
     llm = load_llm(cfg.llm_backbone, dtype["llm"])
     torch.manual_seed(cfg.seed)
     projector = make_projector(cfg.projector, vision.width, llm.get_input_embeddings().embedding_dim)

@@ -26,6 +26,13 @@ IMAGE = -200                                # stands in input_ids where a patch 
 TAG = "<image>"
 
 
+def find_places(input_ids, labels):         # (B, T), (B, T)
+    """-> where patches stand, (N P,); where the next token is supervised, (S,). Counted row behind row."""
+    learned = labels.roll(-1, dims=1) != IGNORE
+    learned[:, -1] = False                  # behind the last position of a row stands nothing
+    return [mask.flatten().nonzero().flatten() for mask in (input_ids == IMAGE, learned)]
+
+
 class Prompt(NamedTuple):
     """A conversation is first + question + before_reply + (reply) + end,
     then user + question + before_reply + (reply) + end ...  The formats stand in chat.py.

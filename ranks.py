@@ -13,13 +13,13 @@ nobody to wait for.
 import os
 import signal
 import sys
-import threading
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from config import UserError
 
 
 # -- finding each other --------------------------------------------------------------------------------------
@@ -31,59 +31,28 @@ def start():
     -> this rank's device, and whether torchrun (--max_restarts) or Slurm (--requeue) has restarted a run that
     was begun before. Only rank zero is told the second; the others get False.
     """
-    # LOCAL_RANK counts the ranks of one machine: it names the GPU. `set_device` makes that GPU the one that
-    # "cuda" means. Without it eight processes would all put their first tensors on GPU 0, until it is full.
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    under_torchrun = "RANK" in os.environ
-    if under_torchrun:
-        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    kept, rank, world_size = next(dist.rendezvous("env://")) if under_torchrun else (dist.HashStore(), 0, 1)
-    store = store_of_this_start(kept, rank, world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=bound)
+    import restarts
+    device, (store, rank, world_size, restarted) = find_device(), restarts.meet()
+    if device.type == "mps" and world_size > 1:
+        raise UserError("a Mac's GPU trains alone. Start one process")
+    dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank,
+                            world_size=world_size, device_id=device if device.type == "cuda" else None)
     global cpu_group
     cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    # Several numbers count the starts. Which of them grows depends on torch's version, and on the machine
-    # where the rank died. One that has grown is enough.
-    again = any(int(os.environ.get(f"{by}_RESTART_COUNT", 0)) > 0 for by in ("TORCHELASTIC", "SLURM"))
-    return device, rank == 0 and (kept.add("starts", 1) > 1 or again)
+    return device, restarted
 
 
-def end_with_parent(parent):
-    """Ends this rank when torchrun is gone. kill -9 takes torchrun without its ranks; they would train on,
-    and the same command, given again, would make a second writer of the same run."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def store_of_this_start(store, rank, world_size):
-    """A view of torchrun's store (a dictionary that all ranks share) in which no dead rank has written.
-
-    1. The problem: torchrun keeps one store through all its restarts (--max_restarts). The addresses of dead
-       ranks stay in it, and a rank that reads one of them waits for ever (pytorch#135712).
-    2. torchrun's count of restarts can't tell the starts apart: each machine counts for itself.
-    3. So each rank writes down a ticket, a random word that no start before can have drawn.
-    4. Rank zero names this start, and answers under each ticket with the name. A ticket of a dead rank is
-       answered, too, but nobody reads that answer.
-    5. Each rank confirms the name. Rank zero asks again until all have: a rank may replace its ticket late.
-    """
-    ticket = name = os.urandom(8).hex()
-    if rank > 0:
-        store.set(f"ticket of rank {rank}", ticket)
-        name = store.get(f"name for {ticket}").decode()     # waits until rank zero has set it
-        store.set(f"rank {rank} is in {name}", "")
-    missing = set(range(1, world_size)) if rank == 0 else ()
-    while missing:
-        for other in missing:
-            if store.check([f"ticket of rank {other}"]):
-                store.set(f"name for {store.get(f'ticket of rank {other}').decode()}", name)
-        time.sleep(0.02)
-        missing = {other for other in missing if not store.check([f"rank {other} is in {name}"])}
-    return dist.PrefixStore(name, store)
+def find_device():
+    """This process's GPU, or the CPU where there is none. A GPU is what torch calls an accelerator: NVIDIA's
+    and AMD's ("cuda"), Intel's ("xpu"), a Mac's ("mps")."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return torch.device("cpu")
+    # LOCAL_RANK counts the ranks of one machine: it names the GPU. `set_device_index` makes it the one that
+    # "cuda" means. Without it eight processes would all put their first tensors on GPU 0, until it is full.
+    device = torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
+    torch.accelerator.set_device_index(device.index)
+    return device
 
 
 # -- agreeing ------------------------------------------------------------------------------------------------
@@ -105,6 +74,12 @@ def all_sum(tensor):
     """The sum over all ranks, in place and on each of them."""
     dist.all_reduce(tensor, group=cpu_group if tensor.device.type == "cpu" else None)
     return tensor
+
+
+def alone(model, **_):
+    """In place of DDP on a Mac, whose GPU no backend serves: one rank has nothing to average."""
+    model.no_sync = nullcontext
+    return model
 
 
 def barrier():

@@ -1,6 +1,9 @@
 """What a run tells a person before its first step, and after its last."""
+import os
 import subprocess
 import sys
+
+from tqdm import tqdm
 
 import chat
 from check import show
@@ -31,13 +34,40 @@ def opening(model, data, sampler, total, run, step):
     print(f"sample 0 {printable(shown)}     (>> << is what the loss sees)", flush=True)
 
 
+def progress_bar(stage, total, step, rank):
+    """Its end, `postfix`, is what `progress` says; tqdm's own guess of the time left is left out."""
+    return tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=stage,
+                dynamic_ncols=True, bar_format="{desc} {n_fmt}/{total_fmt} {percentage:.0f}%{postfix}")
+
+
+def progress(metrics):
+    """The line of a step that a person watches."""
+    norm, mfu, memory, left = (metrics[name] for name in
+                               ("grad_norm", "mfu", "peak_memory_gb", "seconds_left"))
+    rate = metrics["tokens_per_second"]
+    parts = (f"loss {metrics['loss']:.3f}", f"lr {metrics['lr']:.1e}",
+             "skipped" if norm is None else f"norm {norm:.2f}",
+             f"{rate / 1000:.1f}k tok/s" if rate >= 1000 else f"{rate:.0f} tok/s",
+             f"data {metrics['data_wait']:.0%}", "" if mfu is None else f"mfu {mfu:.0%}",
+             "" if memory is None else f"{memory:.1f} GB", "" if left is None else f"{duration(left)} left")
+    return ", ".join(part for part in parts if part)
+
+
+def duration(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}" if hours else f"{minutes}m{seconds:02}"
+
+
 def closing(cfg, run):
     """Scores the held-out examples with the command that a user would type, and names the next step."""
     if cfg.val_json:
         command = ["evaluate.py", "--ckpt", str(run), "--json", cfg.val_json, "--image_dir", cfg.image_dir,
                    "--out", str(run / "val.json")]
         print(f"\nscore    python {' '.join(command)}", flush=True)
-        if subprocess.run([sys.executable, *command]).returncode:
+        # Without RANK: torchrun's variables name a group of ranks that has ended. This is a world of one.
+        own = {name: value for name, value in os.environ.items() if name != "RANK"}
+        if subprocess.run([sys.executable, *command], env=own).returncode:
             print("the run itself is whole; when the score's error above is mended, give its command again")
     own = "" if cfg.prepare else f" --train_json FILE --image_dir {cfg.image_dir}"
     print(f"run      {run}")

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 import ranks
+from config import UserError
 from model import blocks
 
 
@@ -38,18 +39,21 @@ def in_turn():
         ranks.barrier()
 
 
-def cut(model, mesh, device, bf16):
+def cut(model, mesh, device, dtype):
     """Cuts a loaded VLM and moves it to the device, block by block.
 
     A block is a unit: it is gathered and dropped as one. All the rest (embeddings, output, projector) is the
     root unit. It stays whole from forward to backward, because it is used at both ends of a step; two tied
     tables must lie in one unit. What of vision is frozen stays whole on each rank: it is small.
     """
+    if dtype == torch.float16:
+        raise UserError("--shard does not go with fp16: each rank would find a scale of its own for its "
+                        "slices. Give --precision fp32, or bf16 on a card that has it")
     # Blocks are gathered in bf16, as autocast would compute with them, and gradients averaged in fp32. (On a
     # CPU autocast leaves LayerNorm alone, which then refuses weights in bf16.)
     refuses = device.type == "cpu" and any(isinstance(m, nn.LayerNorm) for m in model.llm.modules())
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) \
-        if bf16 and not refuses else MixedPrecisionPolicy(cast_forward_inputs=False)
+        if dtype == torch.bfloat16 and not refuses else MixedPrecisionPolicy(cast_forward_inputs=False)
     frozen = {parameter for parameter in model.vision.parameters() if not parameter.requires_grad}
     model.vision.to(device)
     towers = model.vision.models if "vision" in model.trained else []

@@ -23,7 +23,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -40,14 +39,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, DataLoader
-from tqdm import tqdm
 
 import checkpoint
 import ranks
 from data import Conversations, collate
 from images import Pictures, load_image_transforms
 from model import PARTS, load_vlm
-from profiling import StepProfile, phase
+from profiling import Speed, StepProfile, phase, working_type
 from prompts import IGNORE, load_language
 from sampler import SplitModalitySampler
 
@@ -65,17 +63,20 @@ def main(cfg):
     # also in the middle of an epoch; a cosine reaches zero there.
     total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
     parts, model = load_model(cfg, policy, sampler, device)
-    optimizer = make_optimizer(model, cfg)
+    optimizer, dtype = make_optimizer(model, cfg), working_type(cfg.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     owner.begin(cfg, run, restarted)    # up to here nothing on disk has changed
-    step = checkpoint.resume(run, model, optimizer)
+    step = checkpoint.resume(run, model, optimizer, scaler)
     if step > total:
         raise UserError(f"{run}: {step} steps are done, but the run has {total} now. Was its data changed?")
     # DDP averages gradients over the ranks while backward still runs. It waits for a gradient of every weight
     # that trains, but a text-only batch gives the projector none. DDP then raises an error, unless
     # find_unused_parameters tells it to look for such weights.
-    ddp = ranks.hold(model if cfg.shard != "no" else DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None,
+    together = ranks.alone if device.type == "mps" else DistributedDataParallel
+    ddp = ranks.hold(model if cfg.shard != "no" else together(
+        model, device_ids=None if device.type == "cpu" else [device.index],
         find_unused_parameters=not sampler.has_image.all(),
+        forward_sync_buffers=False,                                 # they are the same everywhere
         gradient_as_bucket_view=True))                              # what is sent is the gradient, no copy
 
     # Writing files and printing is rank zero's work. Eight ranks would write eight times, into one file.
@@ -83,42 +84,49 @@ def main(cfg):
         report.opening(model, files[0], sampler, total, run, step)
         if policy:
             checkpoint.write_text(run / "dataset_statistics.json", json.dumps(policy.statistics, indent=2))
-    bar = tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=cfg.stage,
-               dynamic_ncols=True)
+    bar = report.progress_bar(cfg.stage, total, step, rank)
     about = {"parts": parts, "prompt": files[0].language.prompt[:5]}    # as it was learned from a template
     about |= {"actions": policy.saved()} if policy else {}
     watched = StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
+    speed = Speed(model, device, dtype, total - step)
     stop, stopped, saved = ranks.Stop(), False, step
+    batches = global_batches(loader, pictures, step, total, speed, stop)
     with bar, open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
-        for epoch, micro_batches, waited in global_batches(loader, pictures, step, total, watched):
-            began = time.perf_counter()
-            counts = count_together(micro_batches, stop.asked)
+        ahead = next(batches, None)
+        while ahead:
+            epoch, micro_batches, counts = ahead
+            watched.step()
+            speed.begin()
             stopped = counts["stop"] > 0
             if (stopped or counts["bad"]) and step > saved:
-                save(run, step, model, optimizer, about, cfg.keep)
+                save(run, step, model, optimizer, scaler, about, cfg.keep)
             if stopped:
                 break
             stop_at_bad_examples(micro_batches, counts)
             lr = learning_rate(step, total, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, norm, scores = train_step(ddp, optimizer, micro_batches, counts["tokens"], step + 1, cfg,
-                                            device, policy.measure if policy else right_tokens)
+            # A GPU works through a queue, and with this call the step is in it, down to the update. Meanwhile
+            # the CPU reads the next batch and agrees on it with the other ranks. Then it waits for numbers.
+            queued = train_step(ddp, optimizer, scaler, micro_batches, counts["tokens"], cfg, device)
+            ahead = next(batches, None)
+            loss, norm, scores = look(*queued, micro_batches, counts["tokens"],
+                                      policy.measure if policy else right_tokens)
             step += 1
+            skipped = stop_unless_finite(loss, norm, step, micro_batches, scaler)
             if rank == 0:
-                seconds = waited + time.perf_counter() - began
-                metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm,
+                metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr,
+                           "grad_norm": None if skipped else norm, "skipped": int(skipped),
                            **(policy.metrics(scores) if policy
                               else {"accuracy": scores[0] / counts["tokens"]}),
-                           **data_metrics(counts, micro_batches, waited, seconds)}
+                           **speed.metrics(counts)}
                 metrics_file.write(json.dumps(metrics) + "\n")
                 metrics_file.flush()
-                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", data=f"{metrics['data_wait']:.0%}",
-                                refresh=False)
+                bar.set_postfix_str(report.progress(metrics), refresh=False)
                 bar.update()
             epoch_ends = cfg.keep_epochs and step % sampler.batches_per_epoch == 0
             if step % cfg.save_every == 0 or step == total or epoch_ends:
-                save(run, step, model, optimizer, about, cfg.keep, forever=epoch_ends)
+                save(run, step, model, optimizer, scaler, about, cfg.keep, forever=epoch_ends)
                 saved = step
     watched.end()
     stop.restore()
@@ -150,11 +158,7 @@ def load_data(cfg, device):
             subprocess.run([sys.executable, cfg.prepare], check=True)           # draws the toy's data
         if cfg.stage == "vla":
             import actions
-            policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {})
-            files = [actions.Episodes(path, *about, policy, cfg.skip_bad_examples)
-                     for path in cfg.train_json.split(",")]
-            for file in files:
-                policy.learn_units(file, [int(d) for d in cfg.kept_dimensions])
+            policy, files = actions.open_episodes(cfg, language, about)
         else:
             files = [Conversations(path, *about, cfg.skip_bad_examples) for path in cfg.train_json.split(",")]
         counted = [file.lengths() for file in files]
@@ -191,17 +195,20 @@ def load_model(cfg, policy, sampler, device):
         import shard
         mesh = shard.make_mesh(cfg.shard, device)
         with shard.in_turn():
-            model = prepare(cfg, start, trained, policy, sampler)
-            shard.cut(model, mesh, device, uses_bf16(cfg, device))
+            model = prepare(cfg, start, trained, policy, sampler, device)
+            shard.cut(model, mesh, device, working_type(cfg.precision, device))
     else:
-        model = prepare(cfg, start, trained, policy, sampler).to(device)
+        model = prepare(cfg, start, trained, policy, sampler, device).to(device)
     torch.manual_seed(cfg.seed + dist.get_rank())           # with dropout, each rank drops other activations
     return [name for name in PARTS if name in before or name in trained], model
 
 
-def prepare(cfg, start, trained, policy, sampler):
-    model = load_vlm(cfg, cfg.trained, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    model.check_fits(int(sampler.lengths.max()), trained, bool(sampler.has_image.all()))
+def prepare(cfg, start, trained, policy, sampler, device):
+    """The VLM on the CPU, filled, and frozen except for what trains."""
+    import check
+    model = load_vlm(cfg, cfg.trained,
+                     torch.float32 if device.type == "cpu" else working_type(cfg.precision, device))
+    check.check_fits(model.llm, int(sampler.lengths.max()), trained, bool(sampler.has_image.all()))
     if start:
         checkpoint.load_weights(model, start)
     if policy and "llm" in trained and config.read_config(cfg.ckpt).stage != "vla":
@@ -213,10 +220,6 @@ def prepare(cfg, start, trained, policy, sampler):
     if cfg.compile:
         model.use_compile()
     return model
-
-
-def uses_bf16(cfg, device):
-    return cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
 
 
 def make_optimizer(model, cfg):
@@ -231,8 +234,8 @@ def make_optimizer(model, cfg):
 
 # -- one step ------------------------------------------------------------------------------------------------
 
-def global_batches(loader, pictures, step, total, watched):
-    """Yields (epoch, this rank's micro-batches of one global batch, seconds they were waited for),
+def global_batches(loader, pictures, step, total, speed, stop):
+    """Yields (epoch, this rank's micro-batches of one global batch, what all ranks counted of it),
     from step `step` of the run until `total` steps are done."""
     sampler = loader.batch_sampler
     while step < total:
@@ -242,20 +245,21 @@ def global_batches(loader, pictures, step, total, watched):
         pictures.epoch.fill_(epoch)
         batches = iter(loader)
         for _ in range(min(sampler.batches_per_epoch - start, total - step)):
-            watched.step()
-            began = time.perf_counter()
-            with phase("data wait"):
+            with speed.waiting():
                 micro_batches = [next(batches) for _ in range(sampler.accumulation)]
-            yield epoch, micro_batches, time.perf_counter() - began
+            yield epoch, micro_batches, count_together(micro_batches, stop.asked)
             step += 1
 
 
 def count_together(micro_batches, stop):
     """What all ranks must know before a step, in one small all-reduce -> dict of sums over all ranks."""
     good = [batch for batch in micro_batches if not isinstance(batch, BadExample)]
-    counts = {"tokens": sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in good),   # supervised
-              "real": sum(int(batch["attention_mask"].sum()) for batch in good),                # not padding
+    lengths = [int(length) for batch in good for length in batch["attention_mask"].sum(1)]
+    counts = {"tokens": sum(len(batch["places"][1]) for batch in good),                         # supervised
+              "real": sum(lengths), "pairs": sum(length ** 2 for length in lengths),            # not padding
               "positions": sum(batch["input_ids"].numel() for batch in good),
+              "patches": sum(len(batch["places"][0]) for batch in good),
+              "pictures": sum(len(batch["pixel_values"][0]) for batch in good if batch["pixel_values"]),
               "replaced": sum(batch["replaced"] for batch in good),
               "bad": len(micro_batches) - len(good),
               "stop": int(stop)}
@@ -285,17 +289,17 @@ def learning_rate(step, total, cfg):
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def train_step(model, optimizer, micro_batches, tokens, step, cfg, device, measure):
-    """One optimizer step, the run's number `step`, on this rank's micro-batches.
+def train_step(model, optimizer, scaler, micro_batches, tokens, cfg, device):
+    """Queues one optimizer step on this rank's micro-batches. Nothing is looked at: a GPU is not waited for.
 
-    -> loss per supervised token, gradient norm before clipping,
-    and what `measure(batch, predicted)` gives, summed over the global batch.
+    -> each micro-batch's loss (a sum) and predicted tokens; the gradient norm before clipping: tensors that
+    may not be computed yet.
 
     The gradient is that of: sum of the token losses / `tokens`, both over the whole global batch. Averaging
     micro-batch by micro-batch would weigh a 3-token answer like a 300-token one.
     """
     scale = dist.get_world_size() / tokens                  # DDP averages over ranks; we want the sum
-    bf16, results = uses_bf16(cfg, device), []
+    dtype, results = working_type(cfg.precision, device), []
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         # Under no_sync DDP only adds to the gradients. Else it would send them after each micro-batch,
@@ -304,34 +308,45 @@ def train_step(model, optimizer, micro_batches, tokens, step, cfg, device, measu
         with nullcontext() if last or cfg.shard != "no" else model.no_sync():
             # Autocast, "mixed precision": matrix products run in bf16 (16 bits a number), twice as fast or
             # more. What needs more digits (softmax, normalization, losses) stays in fp32 (32 bits), and so do
-            # the weights that train and the optimizer. fp16 has more digits than bf16, but a narrow range:
-            # small gradients become zero, so the loss is multiplied before backward and the gradients divided
-            # after it (GradScaler). bf16 has the range of fp32 and needs no such thing.
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, predicted = model(batch["input_ids"].to(device, non_blocking=True),
-                                        batch["labels"].to(device, non_blocking=True),
-                                        [pixels.to(device, non_blocking=True)
-                                         for pixels in batch["pixel_values"]])
+            # the weights that train and the optimizer. bf16 has the range of fp32. Older cards have fp16
+            # instead: more digits, but a narrow range. Small gradients would become zero, so GradScaler
+            # multiplies the loss before backward, and divides the gradients after it.
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                input_ids, labels, patches_at, learned_at, *pixel_values = (
+                    tensor.to(device, non_blocking=True) for tensor in      # pinned, so the CPU goes on
+                    (batch["input_ids"], batch["labels"], *batch["places"], *batch["pixel_values"]))
+                loss, predicted = model(input_ids, labels, pixel_values, (patches_at, learned_at))
             with phase("backward"):
-                (loss * scale).backward()                   # adds to .grad of each weight that trains
+                # 0 * loss is 0, but NaN where the loss is not finite. Then all gradients become NaN, on all
+                # ranks, so that one number, their norm, says whether a step may be made.
+                scaler.scale(loss * (scale + 0 * loss.detach())).backward()     # adds to each weight's .grad
         results.append((loss.detach(), predicted))
     with phase("optimizer"):
+        scaler.unscale_(optimizer)                          # in fp16; else the scaler's calls do nothing more
         # Clipping: one bad batch can have a gradient many times the usual. The gradient norm is the length of
         # all gradients taken as one long vector. Above the limit, all gradients are made smaller by the same
         # factor, so the direction stays.
         norm = checkpoint.whole(nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm))
-    # Read results after everything is launched: .tolist() blocks until the GPU is done.
-    sums = sum(torch.cat([loss[None].double(), measure(batch, predicted).to(device)])
-               for batch, (loss, predicted) in zip(micro_batches, results))
-    loss_sum, *scores = ranks.all_sum(sums).tolist()
-    stop_unless_finite(loss_sum / tokens, norm.item(), step, micro_batches)
-    with phase("optimizer"):
-        optimizer.step()
+        # `if norm is finite` would have to wait for the GPU. Fused AdamW asks there: where found_inf is 1, it
+        # changes neither weights nor moments nor its count of steps. The loop ends the run afterwards.
+        optimizer.found_inf = (~norm.isfinite()).float()
+        scaler.step(optimizer)
+        scaler.update()
         # Backward adds to the gradients that are there, so the old ones must go. AdamW skips a weight whose
         # gradient is None. With zeros it would still move the projector in text-only steps, by momentum: the
         # average of earlier gradients, which AdamW keeps for each weight.
         optimizer.zero_grad(set_to_none=True)
-    return loss_sum / tokens, norm.item(), scores
+    return results, norm
+
+
+def look(results, norm, micro_batches, tokens, measure):
+    """Waits until the step is done -> the loss per supervised token; the gradient norm; what
+    `measure(batch, predicted)` gives. The first and the last are sums over the global batch."""
+    norm, *losses = torch.stack([norm, *(loss for loss, _ in results)]).tolist()
+    sums = sum(torch.cat([torch.tensor([loss], dtype=torch.float64), measure(batch, predicted)])
+               for loss, batch, (_, predicted) in zip(losses, micro_batches, results))
+    loss, *scores = ranks.all_sum(sums).tolist()
+    return loss / tokens, norm, scores
 
 
 def right_tokens(batch, predicted):
@@ -340,34 +355,37 @@ def right_tokens(batch, predicted):
     return (predicted.cpu() == targets[targets != IGNORE]).sum(0, keepdim=True).double()
 
 
-def stop_unless_finite(loss, norm, step, micro_batches):
-    """Before the update. All ranks have the same two numbers, so all stop here."""
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        ids = [None] * dist.get_world_size()                # any rank may have the bad one, only one is shown
-        dist.all_gather_object(ids, ", ".join(name for batch in micro_batches for name in batch["ids"]))
-        examples = "; ".join(f"rank {rank} had the examples {names}" for rank, names in enumerate(ids))
-        raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. The update was not made, "
-                        f"checkpoints are intact. {examples}. Look at them, or lower --learning_rate")
+def stop_unless_finite(loss, norm, step, micro_batches, scaler):
+    """All ranks have the same two numbers, so all stop here. The update, which was queued, changed nothing.
 
-
-def data_metrics(counts, micro_batches, waited, seconds):
-    return {"tokens": counts["tokens"], "positions": counts["positions"],
-            "padding": 1 - counts["real"] / counts["positions"], "replaced": counts["replaced"],
-            "data_wait": waited / seconds, "tokens_per_second": counts["real"] / seconds,
-            "modality": "image" if micro_batches[0]["pixel_values"] else "text"}
+    -> whether the update was skipped. In fp16 a gradient beyond the range is no error: GradScaler scales less
+    from then on. (At a scale below 1 the range is not to blame.)
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return False
+    if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1:
+        return True
+    ids = [None] * dist.get_world_size()                    # any rank may have the bad one, only one is shown
+    dist.all_gather_object(ids, ", ".join(name for batch in micro_batches for name in batch["ids"]),
+                           group=ranks.cpu_group)
+    examples = "; ".join(f"rank {rank} had the examples {names}" for rank, names in enumerate(ids))
+    raise UserError(f"step {step}: loss {loss}, gradient norm {norm}. The update was not made, "
+                    f"checkpoints are intact. {examples}. Look at them, or lower --learning_rate")
 
 
 # -- what remains of a run -----------------------------------------------------------------------------------
 
 @phase("checkpoint")
-def save(run, step, model, optimizer, about, keep, forever=False):
+def save(run, step, model, optimizer, scaler, about, keep, forever=False):
     """Rank zero writes, everyone waits."""
     weights = checkpoint.tensors_of(model, about["parts"])
     moments = checkpoint.optimizer_tensors(model, optimizer) | checkpoint.gather_random_states()
     if dist.get_rank() > 0:
-        checkpoint.give_slices(weights, moments)
+        import slices
+        slices.give(weights, moments)
     else:
-        checkpoint.save(run, step, weights, moments, about | {"forever": forever}, keep)
+        about = about | {"forever": forever, "scaler": scaler.state_dict()}
+        checkpoint.save(run, step, weights, moments, about, keep)
         if (run / "replaces.json").exists():                # --overwrite: the old run has done its duty
             import owner
             owner.forget(run)

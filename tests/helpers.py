@@ -1,11 +1,16 @@
 """Shared building blocks: small tokenizers of five kinds, tiny backbones, examples. Nothing is downloaded."""
 import functools
 import json
+from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, SiglipVisionConfig,
                           SiglipVisionModel)
 
@@ -75,6 +80,61 @@ def make_tokenizer(kind, add_bos=None, chat=False, filler=0, **special):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@contextmanager
+def world_of_one():
+    """The process group of a single process, as `ranks.start` makes it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# Their result, or its shape, depends on values.
+READS = {"_local_scalar_dense", "nonzero", "argwhere", "masked_select", "equal", "_unique2", "unique_dim",
+         "unique_consecutive", "bincount"}
+COPIES = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operations in C++ that would make the CPU wait for a GPU (in backward, too), and what is
+    sent to other ranks."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        indices = args[1] if "index" in name and len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        if name in READS or func.namespace == "c10d":
+            self.found[name] += 1
+        if any(index is not None and index.dtype == torch.bool for index in indices):
+            self.found["index by a mask"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Called(TorchFunctionMode):
+    """Counts the copies to the CPU that Python asks for: on a CPU they copy nothing in C++."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in COPIES:
+            self.found[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def looks():
+    """Counts what would wait for a GPU, if there were one: {name: how often}."""
+    found = Counter()
+    with Dispatched(found), Called(found):
+        yield found
 
 
 def save_vision(folder, kind="siglip", image_size=16, preprocessor=None, **config):

@@ -27,7 +27,8 @@ TESTS = {"config": "errors fuzz", "sampler": "sampler", "prompts": "prompts chat
          "owner": "owner", "ranks": "train faults owner", "errors": "train faults",
          "chat": "chat prompts", "weights": "convert", "llava": "convert", "openvla": "convert",
          "convert": "convert", "desk": "serve", "protocols": "serve", "serve": "serve",
-         "evaluate": "evaluate", "toy/world": "toy", "toy/robot": "toy_robot"}
+         "evaluate": "evaluate", "generate": "model actions", "profiling": "profiling",
+         "restarts": "faults", "toy/world": "toy", "toy/robot": "toy_robot"}
 SWAPS = {"+": "-", "-": "+", "*": "+", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
          "and": "or", "or": "and", "True": "False", "False": "True", "min": "max", "max": "min",
          "ceil": "floor", "any": "all", "all": "any", "//": "/", "not": ""}

@@ -17,7 +17,7 @@ import checkpoint
 import ranks
 import train
 from config import Config
-from profiling import StepProfile
+from profiling import Speed
 
 STEPS = 8
 CASES = {                                                   # what differs from a finetune of the toy's LLM
@@ -43,10 +43,10 @@ def steps(world, llama, case, kind, device):
     ddp = model if kind != "no" else DistributedDataParallel(
         model, find_unused_parameters=not loader.batch_sampler.has_image.all())
     found = {"losses": [], "norms": [], "modalities": []}
-    watched = StepProfile(0, model, None)
-    for _, batches, _ in train.global_batches(loader, pictures, 0, STEPS, watched):
-        tokens = train.count_together(batches, False)["tokens"]
-        loss, norm, _ = train.train_step(ddp, optimizer, batches, tokens, 1, cfg, device, train.right_tokens)
+    scaler, speed = torch.amp.GradScaler("cpu", enabled=False), Speed(model, device, torch.float32, STEPS)
+    for _, batches, counts in train.global_batches(loader, pictures, 0, STEPS, speed, Nobody):
+        queued = train.train_step(ddp, optimizer, scaler, batches, counts["tokens"], cfg, device)
+        loss, norm, _ = train.look(*queued, batches, counts["tokens"], train.right_tokens)
         found["losses"].append(loss)
         found["norms"].append(norm)
         found["modalities"].append("image" if batches[0]["pixel_values"] else "text")
@@ -57,6 +57,11 @@ def steps(world, llama, case, kind, device):
                         for name, tensor in tensors.items()}
     found["moments"] = sorted(checkpoint.optimizer_tensors(model, optimizer))
     return found
+
+
+class Nobody:
+    """Asks the run to stop."""
+    asked = False
 
 
 def share(model):

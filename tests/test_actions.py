@@ -18,7 +18,7 @@ from actions import BINS, ActionTokens, compute_statistics, distort, end_of_acti
 from config import BadExample, UserError
 from data import collate
 from prompts import IGNORE, IMAGE, Language
-from helpers import PATCHES, dataset, make_tokenizer, picture, talk
+from helpers import PATCHES, dataset, make_tokenizer, picture, talk, world_of_one
 from test_train import ROOT, run_train, weights
 
 UNIT = {"arm": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}}}
@@ -257,8 +257,9 @@ def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, b
     from evaluate import EvaluateConfig, open_loop
     from generate import Assistant
     assistant = Assistant(train_robot(robot, base, tmp_path, "--max_steps", "1")[1])
-    scores, unread = open_loop(assistant, assistant.dataset(robot / "lamp.json", robot / "images"),
-                               EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
+    with world_of_one():
+        scores, unread = open_loop(assistant, assistant.dataset(robot / "lamp.json", robot / "images"),
+                                   EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
     bright = np.arange(6) / 48
     assert not unread
     assert scores["count"] == 6 and len(scores["l1"]["policy"]) == 2

@@ -413,10 +413,10 @@ def test_a_llava_folder_becomes_a_run_with_its_logits(kind, old, tmp_path):
     example = ours.example("<image>\nWhat is it?", [picture((37, 53))])
     shown = ours.language.tokenizer.decode([i if i != IMAGE else 0 for i in example["input_ids"].tolist()])
     assert shown.replace("<unk>", "#") == "<s> USER: #### \nWhat is it? ASSISTANT:"
-    pixels = torch.stack([views[0] for views in example["images"]])
+    pixels = torch.stack([views[0] for views in example["images"]])                 # uint8, as in a file
     ids = torch.where(example["input_ids"] == IMAGE, model.config.image_token_index, example["input_ids"])
     with torch.no_grad():
-        want = model(input_ids=ids[None], pixel_values=pixels).logits
+        want = model(input_ids=ids[None], pixel_values=ours.transforms[0].normal(pixels)).logits
         got = ours.model.llm(inputs_embeds=ours.model.embed(example["input_ids"][None], [pixels])).logits
     assert (got - want).abs().max() == 0
 

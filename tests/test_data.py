@@ -34,6 +34,24 @@ def test_a_batch_has_the_promised_shapes_and_is_padded_on_the_right(tmp_path):
         assert batch["attention_mask"][i].tolist() == [True] * n + [False] * (longest - n)
 
 
+def test_a_batch_says_where_its_patches_stand_and_where_something_is_learned():
+    """Counted over the whole batch, row behind row. Learned is where the next token is supervised."""
+    rows = [([1, IMAGE, IMAGE, 7, 8], [IGNORE, IGNORE, IGNORE, IGNORE, 8]), ([7, 8, 9], [7, IGNORE, 9]),
+            ([IMAGE, IMAGE, 7, 8], [IGNORE, IGNORE, 7, 8])]
+    batch = collate([{"id": "", "source": "", "replaced": 0, "images": [], "input_ids": torch.tensor(ids),
+                      "labels": torch.tensor(labels)} for ids, labels in rows])
+    patches, learned = batch["places"]
+    assert patches.tolist() == [1, 2, 10, 11]
+    assert learned.tolist() == [3, 6, 11, 12]               # row 1 begins with a label: nobody predicts it
+
+
+def test_pictures_travel_as_bytes(tmp_path):
+    picture(tmp_path / "a.png", (255, 0, 7))
+    batch = collate([dataset(tmp_path, ROWS, language())[1]])
+    assert batch["pixel_values"][0].dtype == torch.uint8
+    assert batch["pixel_values"][0][0, :, 0, 0].tolist() == [255, 0, 7]
+
+
 def test_a_text_only_batch_has_no_pixels(tmp_path):
     assert collate([dataset(tmp_path, ROWS, language())[i] for i in (0, 6)])["pixel_values"] == []
 
@@ -58,7 +76,7 @@ def test_pictures_come_in_the_order_of_their_names(tmp_path):
     rows = [{"image": list(names), "conversations": talk("<image>" * len(names), "Two.")}
             for names in (("b.png", "a.png"), ("c.png",), ("a.png", "c.png"))]
     batch = collate([dataset(tmp_path, rows, language())[i] for i in range(3)])
-    colors = [int(view.mean((1, 2)).argmax()) for view in batch["pixel_values"][0]]
+    colors = [int(view.float().mean((1, 2)).argmax()) for view in batch["pixel_values"][0]]
     assert colors == [1, 0, 2, 0, 2]
 
 

@@ -1,4 +1,6 @@
 """images.py: resizing, normalizing, preprocessor files."""
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, LlavaImageProcessorP
 
 from config import BadExample
 from images import load_image_transforms, read_image
+from model import VisionBackbone
 
 
 def red(resize, image, size, mean=(0.5,) * 3):
@@ -76,6 +79,39 @@ def test_each_way_equals_the_processors_of_transformers_bit_for_bit(resize, size
         for resample in (2, 3):                             # bilinear, bicubic
             ours = transform(resize, size, 1, *colors, resample)(noise(shape))
             assert torch.equal(ours, of_transformers(resize, noise(shape), size, colors, resample)), shape
+
+
+class Seeing(torch.nn.Module):
+    """A vision model of one block that remembers the pixels it gets."""
+    config, dtype = types.SimpleNamespace(model_type="siglip", hidden_size=1, image_size=224), torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+
+    def forward(self, pixels):
+        self.seen = pixels
+        return self.layers[0](pixels)
+
+
+@pytest.mark.parametrize("resize", KINDS)
+@pytest.mark.parametrize("colors", [HALF, CLIP, IMAGENET])
+def test_a_backbone_that_gets_bytes_sees_what_the_processors_make_bit_for_bit(resize, colors):
+    """Several pictures at once, and two backbones, each with its own mean and std."""
+    pictures, other = [noise((640, 427)), noise((300, 300))], transform("resize-naive", 224, 1, *HALF)
+    mine = transform(resize, 224, 1, *colors)
+    models = Seeing(), Seeing()
+    VisionBackbone(models, [other, mine])([torch.stack([each.resized(picture) for picture in pictures])
+                                           for each in (other, mine)])
+    assert models[0].seen.dtype == torch.float32
+    for picture, first, second in zip(pictures, *(model.seen for model in models)):
+        assert torch.equal(first, of_transformers("resize-naive", picture, 224, HALF))
+        assert torch.equal(second, of_transformers(resize, picture, 224, colors))
+
+
+def test_a_table_has_an_entry_for_each_byte_of_each_color():
+    levels = transform(mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25)).levels()
+    assert levels[[0, 255, 256, 511, 512, 767]].tolist() == [0.0, 1.0, -1.0, 1.0, -4.0, 0.0]
 
 
 def test_a_picture_resized_before_it_is_padded_would_be_caught():

@@ -2,14 +2,17 @@
 import copy
 import math
 import shutil
+import weakref
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import save_preprocessor, square
+from helpers import looks, save_preprocessor, square
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import (AutoModelForCausalLM, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel,
@@ -28,7 +31,7 @@ from generate import Assistant
 from images import load_image_transforms
 from model import PARTS, VLM, VisionBackbone, blocks, load_llm, load_vision, make_projector
 from prompts import IGNORE, IMAGE
-from train import count_together, right_tokens, train_step
+from train import count_together, look, right_tokens, train_step
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
             image_size=16, patch_size=8)
@@ -41,6 +44,7 @@ VISION = {"clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZE)),
           "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**SIZE, num_register_tokens=4))}
 SKIP = {"clip": 1, "siglip": 0, "siglip-head": 0, "dinov2": 1, "dinov2-registers": 5, "dinov3": 5}
 VOCABULARY, PATCHES = 97, 4
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)      # as in fp32 and bf16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,7 +169,7 @@ def test_a_stage_changes_all_of_what_it_trains_and_nothing_else(kind, stage, par
         assert {module.training for module in getattr(model, name).modules()} == {name in parts}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert gradients(model, batches([4])).keys() == trained
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
     one_step(model, batches([4]), optimizer)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
@@ -177,7 +181,8 @@ def one_step(model, micro_batches, optimizer, max_norm=1.0):
     model.no_sync = nullcontext
     cfg = SimpleNamespace(max_grad_norm=max_norm, precision="fp32", shard="no")
     tokens = count_together(micro_batches, False)["tokens"]
-    return train_step(model, optimizer, micro_batches, tokens, 1, cfg, torch.device("cpu"), right_tokens)[:2]
+    queued = train_step(model, optimizer, NO_SCALER, micro_batches, tokens, cfg, torch.device("cpu"))
+    return look(*queued, micro_batches, tokens, right_tokens)[:2]
 
 
 def gradients(model, cut, weigh=None):
@@ -194,7 +199,7 @@ def gradients(model, cut, weigh=None):
 def seen_by_the_optimizer(model, cut, max_norm):
     """-> gradients when the optimizer makes its step, by name; the norm that the step reports."""
     grabbed = {}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     optimizer.register_step_pre_hook(lambda *_: grabbed.update(
         {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     _, norm = one_step(model, cut, optimizer, max_norm)
@@ -308,6 +313,127 @@ def test_the_last_vision_block_does_no_work_and_changes_no_feature():
     assert not model(pixels).last_hidden_state.isnan().any()
 
 
+def test_of_the_vision_blocks_only_the_features_are_kept():
+    """With output_hidden_states all blocks' outputs would be alive when the last one runs."""
+    model, alive = SiglipVisionModel(SiglipVisionConfig(**{**SIZE, "num_hidden_layers": 6})), []
+    backbone, outputs = VisionBackbone([model]), []
+    for block in model.encoder.layers[:-1]:
+        block.register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
+    model.encoder.layers[-1].register_forward_hook(
+        lambda *_: alive.append([output() is not None for output in outputs]))
+    with torch.no_grad():
+        backbone([torch.zeros(1, 3, 16, 16)])
+    assert alive == [[False, False, False, False, True]]
+    assert outputs[-1]() is None and backbone.features is None
+
+
+# -- what a GPU is not waited for ----------------------------------------------------------------------------
+
+def a_step(model, micro_batches):
+    """-> what the step itself would wait for; what looking at its results would."""
+    model.no_sync = nullcontext
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    cfg = SimpleNamespace(max_grad_norm=1.0, precision="fp32")
+    with looks() as in_the_step:
+        queued = train_step(model, optimizer, NO_SCALER, micro_batches, 9, cfg, torch.device("cpu"))
+    with looks() as behind_it:
+        look(*queued, micro_batches, 9, lambda batch, predicted: predicted.cpu()[:1].double())
+    return in_the_step, behind_it
+
+
+@pytest.mark.parametrize("stage, pictures", [("align", 1), ("finetune", 0), ("finetune", 2),
+                                             ("full-finetune", 1)])
+@pytest.mark.parametrize("llm", ["llama", "gpt2"])
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_a_step_waits_for_nothing_and_its_results_are_read_once(stage, pictures, llm, recomputing):
+    """From the pictures' bytes to the update. The second .tolist() is that of the ranks' sums, on the CPU."""
+    model = tiny_vlm(llm=llm, stage=stage)
+    model.vision.register_buffer("levels", torch.zeros(1, 768))
+    if recomputing:
+        model.use_recomputing()
+    micro_batches = batches((2, 2, 2), pictures)
+    for batch in micro_batches:
+        batch["pixel_values"] = [pixels.to(torch.uint8) for pixels in batch["pixel_values"]]
+    in_the_step, behind_it = a_step(model, micro_batches)
+    assert in_the_step == {}
+    assert behind_it == {"tolist": 2, "cpu": 3, "allreduce_": 1}
+
+
+@pytest.mark.parametrize("what, seen", [
+    (lambda x: x.isnan().any().item(), "_local_scalar_dense"), (lambda x: bool(x.sum() > 0), "__bool__"),
+    (lambda x: x.tolist(), "tolist"), (lambda x: x.cpu(), "cpu"), (lambda x: x[x > 0], "index by a mask"),
+    (lambda x: x.nonzero(), "nonzero"), (lambda x: x.masked_select(x > 0), "masked_select")])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_step_that_waits_would_be_caught(what, seen, backward):
+    """In backward only what the operations themselves wait for: no Python of ours runs there."""
+    if backward and seen in ("__bool__", "tolist", "cpu"):
+        seen = {"__bool__": "_local_scalar_dense"}.get(seen)
+    model, watched = tiny_vlm(), []
+
+    def waits(grad):
+        watched.append(what(grad))
+
+    def forward_hook(module, args, out):
+        out.register_hook(waits) if backward else waits(out)
+
+    model.projector[0].register_forward_hook(forward_hook)
+    found, _ = a_step(model, batches((2, 2)))
+    assert len(watched) == 2 and (seen is None or found[seen] == 2)
+
+
+def sent_by_a_step(micro_batches, no_sync=DistributedDataParallel.no_sync):
+    """What DDP sends to other ranks; of the second step, as DDP sorts its gradients in the first
+    -> how many sums over the ranks, how many tensors of rank zero."""
+    model = DistributedDataParallel(tiny_vlm(), find_unused_parameters=True, forward_sync_buffers=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    cfg = SimpleNamespace(max_grad_norm=1.0, precision="fp32")
+    model.no_sync = partial(no_sync, model)
+    for _ in range(2):
+        with looks() as found:
+            train_step(model, optimizer, NO_SCALER, micro_batches, 9, cfg, torch.device("cpu"))
+    return found["allreduce_"], found["broadcast_"]
+
+
+def test_an_accumulated_step_sends_its_gradients_once_and_no_buffers():
+    """Two all-reduces: the gradients, which fit into one bucket, and which weights had none."""
+    assert sent_by_a_step(batches((2,))) == sent_by_a_step(batches((2, 2, 2))) == (2, 0)
+
+
+def test_gradients_sent_after_each_micro_batch_would_be_caught():
+    assert sent_by_a_step(batches((2, 2, 2)), no_sync=lambda model: nullcontext()) == (6, 0)
+
+
+def state_of(model, optimizer):
+    return [tensor.clone() for parameter in model.parameters() if parameter.requires_grad
+            for tensor in (parameter, *optimizer.state[parameter].values())]
+
+
+@pytest.mark.parametrize("where", ["the loss", "a gradient", "nowhere"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(where, bad, micro_batch):
+    """Though the update is made before anybody looks. An infinite loss may have a finite gradient."""
+    model, calls = tiny_vlm(), []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    one_step(model, batches((4, 4)), optimizer)
+    before = state_of(model, optimizer)
+
+    def spoil(module, args, out):
+        calls.append(1)
+        here = len(calls) == micro_batch + 1
+        return (out[0] + (bad if here and where == "the loss" else 0), out[1])
+
+    model.register_forward_hook(spoil)
+    if where == "a gradient":
+        model.projector[2].bias.register_hook(
+            lambda grad: grad * (bad if len(calls) == micro_batch + 1 else 1))
+    loss, norm = one_step(model, batches((4, 4)), optimizer)
+    same = [torch.equal(a, b) for a, b in zip(before, state_of(model, optimizer), strict=True)]
+    assert all(same) if where != "nowhere" else not any(same)
+    assert math.isfinite(loss) == (where != "the loss") and math.isfinite(norm) == (where == "nowhere")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_padding_changes_nothing():
     model = tiny_vlm().eval()
     total = sum(loss_of(model, collate([example(i)])) for i in range(4))
@@ -363,7 +489,7 @@ def test_the_forward_is_that_of_transformers_llava(pictures):
 def test_a_random_model_starts_at_ln_v_and_overfits_one_batch(llm):
     model = tiny_vlm(llm=llm)
     batch = batches([4])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, fused=True)
     losses = [one_step(model, batch, optimizer)[0] for _ in range(150)]
     assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.1)
     assert losses[-1] < 0.05
@@ -372,7 +498,7 @@ def test_a_random_model_starts_at_ln_v_and_overfits_one_batch(llm):
 def test_a_text_only_step_leaves_the_projector_and_its_adam_state_alone():
     model = tiny_vlm()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  lr=1e-2, weight_decay=0.1)
+                                  lr=1e-2, weight_decay=0.1, fused=True)
     one_step(model, batches([4]), optimizer)
 
     def projector():
@@ -499,6 +625,36 @@ def test_a_language_model_of_each_kind_learns_answers_and_has_its_own_loss(kind,
     assistant.language = SimpleNamespace(end_id=2)
     assert assistant.answer_ids([example(0), example(5)], max_new_tokens=3) == [
         likeliest(model, example(i), 3) for i in (0, 5)]
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_a_step_with_a_language_model_of_each_kind_waits_for_nothing(kind, tmp_path):
+    llm = load_llm(saved_llm(LLMS[kind](), tmp_path))
+    width = llm.get_input_embeddings().embedding_dim
+    model = VLM(VisionBackbone([VISION["siglip"]()]), make_projector("gelu-mlp", 32, width), llm)
+    model.set_trained(TRAINS["finetune"].split(","))
+    assert a_step(model, batches((2, 2)))[0] == {}
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_actions_are_those_of_generation_among_action_ids(kind, tmp_path):
+    """Prompts of several lengths, and of one length, where attention gets no mask."""
+    assistant = object.__new__(Assistant)
+    assistant.device = torch.device("cpu")
+    llm = load_llm(saved_llm(LLMS[kind](), tmp_path))
+    width = llm.get_input_embeddings().embedding_dim
+    vision = VisionBackbone([VISION["siglip"]()])
+    assistant.model = VLM(vision, make_projector("gelu-mlp", 32, width), llm).eval()
+    assistant.policy = SimpleNamespace(dimensions=5, ids=list(range(20, 60)), end=60)
+    many, options = [example(i) for i in (0, 5, 2, 7)], {"min_new_tokens": 5, "max_new_tokens": 5}
+    for examples in (many, [example(3), example(3) | {"images": example(4)["images"]}]):
+        with torch.no_grad():
+            x, mask, _ = assistant.embed(examples, 5, 5)
+            want = llm.generate(inputs_embeds=x, attention_mask=mask, pad_token_id=2, eos_token_id=2,
+                                do_sample=False, prefix_allowed_tokens_fn=lambda *_: assistant.policy.ids,
+                                **options)
+            assert assistant.action_ids(examples).tolist() == want.tolist()
+    assert len({tuple(row) for row in assistant.action_ids(many).tolist()}) > 1
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import checkpoint
 import config
+import slices
 from test_faults import lose_steps_after
 from test_train import (ROOT, assert_same_curve, assert_same_up_to_rounding, metrics_of,        # noqa: F401
                         run_train, weights, world)
@@ -131,7 +132,7 @@ def test_a_file_is_written_tensor_by_tensor_as_safetensors_writes_it(tmp_path):
     tensors = {"b": torch.randn(3, 5), "a.weight": torch.randn(2).bfloat16(), "ü": torch.arange(7).byte(),
                "step": torch.tensor(3.0), "half": torch.randn(2, 2).half(), "empty": torch.zeros(0, 4),
                "column": torch.randn(4, 4)[:, 1], "a": torch.randn(2, 3, 4)}
-    checkpoint.write_tensors(tmp_path / "ours", tensors)
+    slices.write_tensors(tmp_path / "ours", tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     read = load_file(tmp_path / "ours")

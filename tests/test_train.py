@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,10 +26,12 @@ import generate
 import train
 import ranks
 from config import BadExample
+from helpers import world_of_one
 from prompts import IGNORE
 from toy import world as toy_world
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)      # as in fp32 and bf16
 
 
 @pytest.fixture(scope="session")
@@ -68,12 +70,8 @@ def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
 def train_here(monkeypatch, world, root, *flags, stage="finetune"):
     """The same in this process, seconds faster.
     Without DDP, which does nothing for one rank but start threads."""
-    def alone(model, **_):
-        model.no_sync = nullcontext
-        return model
-
     command = train_command(world, root, *flags, stage=stage)
-    monkeypatch.setattr(train, "DistributedDataParallel", alone)
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda *args, **how: ranks.alone(*args, **how))
     monkeypatch.chdir(ROOT)                                 # toy/ is there
     try:
         train.main(config.parse(config.Config, command[command.index(str(ROOT / "train.py")) + 1:]))
@@ -121,6 +119,9 @@ def test_a_run_writes_one_line_per_step_and_mixes_modalities(one_rank):
     assert {line["modality"] for line in metrics} == {"image", "text"}
     assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "positions", "padding", "data_wait",
             "tokens_per_second", "modality"} <= metrics[0].keys()
+    assert all(line["mfu"] is None and line["skipped"] == 0 for line in metrics)    # a CPU, in fp32
+    assert metrics[0]["seconds_left"] is None and metrics[-1]["seconds_left"] == 0
+    assert 0.2 < metrics[0]["peak_memory_gb"] <= metrics[-1]["peak_memory_gb"] < 5
     assert sorted(folder.name for folder in run.glob("step-*")) == ["step-00000010", "step-00000020"]
     assert "trains   projector" in printed and ">>" in printed and "20/20" in printed
     assert f"next     python generate.py --ckpt {run}" in printed
@@ -162,13 +163,13 @@ def assert_text_only_steps_leave_the_projector_alone(run, metrics):
 
 
 def test_the_curve_of_a_mean_of_means_would_be_caught(world, one_rank, tmp_path, monkeypatch):
-    def mean_of_means(model, optimizer, micro_batches, tokens, *others):
-        def forward(input_ids, labels, pixel_values):
-            loss, predicted = model(input_ids, labels, pixel_values)
+    def mean_of_means(model, optimizer, scaler, micro_batches, tokens, *others):
+        def forward(input_ids, labels, *others):
+            loss, predicted = model(input_ids, labels, *others)
             own = (labels[:, 1:] != IGNORE).sum()
             return loss / own * tokens / len(micro_batches), predicted      # `exact` divides by tokens
         forward.no_sync, forward.parameters = model.no_sync, model.parameters
-        return exact(forward, optimizer, micro_batches, tokens, *others)
+        return exact(forward, optimizer, scaler, micro_batches, tokens, *others)
 
     exact = train.train_step
     monkeypatch.setattr(train, "train_step", mean_of_means)
@@ -228,9 +229,10 @@ def test_a_bad_example_found_late_saves_first_and_can_be_mended(world, one_rank,
     images = tmp_path / "images"
     shutil.copytree(world / "images", images)
 
-    def break_them_after_step_3(loss, norm, step, micro_batches):
+    def break_them_after_step_3(loss, norm, step, *_):
         for file in images.glob("*.png") if step == 3 else ():
             file.write_bytes(b"no picture")
+        return False
 
     flags = (*SHORT, "--image_dir", str(images))
     with monkeypatch.context() as patch, pytest.raises(BadExample, match=r"finetune.json\[.*can't be read"):
@@ -333,8 +335,8 @@ def test_a_loss_or_a_norm_that_is_not_finite_names_the_step_and_the_examples(los
         said = (f"^step 7: loss {loss}, gradient norm {norm}. The update was not made, checkpoints are "
                 "intact. rank 0 had the examples a, b, c. Look at them")
         with pytest.raises(config.UserError, match=said):
-            train.stop_unless_finite(loss, norm, 7, batches)
-        train.stop_unless_finite(1.0, 1.0, 7, batches)
+            train.stop_unless_finite(loss, norm, 7, batches, NO_SCALER)
+        assert train.stop_unless_finite(1.0, 1.0, 7, batches, NO_SCALER) is False
     finally:
         dist.destroy_process_group()
 
@@ -401,19 +403,183 @@ def test_gradients_are_sent_once_a_step():
             yield
             self.quiet = False
 
-        def forward(self, input_ids, labels, pixel_values):
+        def forward(self, input_ids, labels, pixel_values, places):
             self.calls.append(self.quiet)
             return super().forward(torch.ones(1, 1)).sum(), torch.zeros(1)
 
-    batch = {"input_ids": torch.zeros(1, 2), "labels": torch.zeros(1, 2), "pixel_values": [], "ids": ["a"]}
+    nothing = torch.zeros(1, 2)
+    batch = {"input_ids": nothing, "labels": nothing, "pixel_values": [], "places": (nothing, nothing)}
     model, cfg = Model(1, 1), SimpleNamespace(precision="fp32", max_grad_norm=1.0, shard="no")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        train.train_step(model, torch.optim.SGD(model.parameters(), 0.1), [batch] * 3, 3, 1, cfg,
-                         torch.device("cpu"), lambda *_: torch.zeros(1).double())
+        train.train_step(model, torch.optim.SGD(model.parameters(), 0.1, fused=True), NO_SCALER,
+                         [batch] * 3, 3, cfg, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
     assert model.calls == [True, True, False]
+
+
+def test_the_next_batch_is_read_and_counted_while_the_gpu_works(world, tmp_path, monkeypatch):
+    """Between the moment when a step is queued and the moment when its results are waited for."""
+    calls, options = [], {}
+    for name in ("count_together", "train_step", "look"):
+        def noted(*args, name=name, inner=getattr(train, name)):
+            calls.append(name)
+            return inner(*args)
+        monkeypatch.setattr(train, name, noted)
+    alone = ranks.alone
+    monkeypatch.setattr(ranks, "alone", lambda model, **kwargs: options.update(kwargs) or alone(model))
+    train_here(monkeypatch, world, tmp_path, "--max_steps", "3")
+    assert calls == ["count_together", *["train_step", "count_together", "look"] * 2, "train_step", "look"]
+    assert options["forward_sync_buffers"] is False and options["gradient_as_bucket_view"] is True
+
+
+@pytest.mark.parametrize("device, precision, want", [
+    ("cpu", "auto", torch.float32), ("cpu", "bf16", torch.float32), ("cuda", "bf16", torch.bfloat16),
+    ("cuda", "fp16", torch.float16), ("cuda", "fp32", torch.float32), ("mps", "auto", torch.float32)])
+def test_frozen_parts_are_kept_in_the_type_that_the_card_computes_in(device, precision, want, monkeypatch):
+    """On a CPU in fp32: it computes in that, or rounds what it is given."""
+    cfg = config.Config(no_align=False, train_json="a", image_dir="b", precision=precision)
+    monkeypatch.chdir(ROOT)
+    sampler = SimpleNamespace(lengths=torch.tensor([9]), has_image=torch.tensor([True]))
+    with world_of_one():
+        _, model = train.load_model(cfg, None, sampler, torch.device(device))
+    assert {parameter.dtype for parameter in model.llm.parameters()} == {want}
+    assert {parameter.dtype for parameter in model.vision.parameters()} == {want}
+    assert {parameter.dtype for parameter in model.projector.parameters()} == {torch.float32}       # trains
+
+
+@pytest.mark.parametrize("found, local_rank, want", [
+    ("cuda", "3", torch.device("cuda", 3)), ("mps", "", torch.device("mps", 0)),
+    ("xpu", "1", torch.device("xpu", 1)), (None, "2", torch.device("cpu"))])
+def test_the_device_is_what_torch_calls_the_accelerator(found, local_rank, want, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+                        lambda check_available: found and torch.device(found))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", local_rank) if local_rank else monkeypatch.delenv("LOCAL_RANK", False)
+    assert ranks.find_device() == want
+    assert chosen == ([] if found is None else [want.index])
+
+
+SPOILS = """
+import hashlib, os, sys
+sys.path.insert(0, os.getcwd())
+import torch, torch.distributed as dist
+import config, model, ranks, train
+forward, step, calls, digests = model.VLM.forward, train.train_step, [], sys.argv.pop()
+where, scale = sys.argv.pop(), 2.0 ** 12
+
+def digest(optimizer):
+    state = hashlib.sha256()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for tensor in (parameter, *optimizer.state[parameter].values()):
+                state.update(tensor.detach().numpy().tobytes())
+    return state.hexdigest()
+
+def spoiled(self, *args):
+    loss, predicted = forward(self, *args)
+    calls.append(1)
+    if len(calls) == 3 and dist.get_rank() == 1:
+        if where == "loss":
+            loss = loss + float("inf")                      # its gradient is finite
+        else:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+    return loss, predicted
+
+def watched(ddp, optimizer, *rest):
+    before = digest(optimizer) if calls else ""
+    queued = step(ddp, optimizer, *rest)
+    with open(f"{digests}{dist.get_rank()}", "a") as file:
+        file.write(f"{before} {digest(optimizer)}\\n")
+    return queued
+
+model.VLM.forward, train.train_step = spoiled, watched
+scaler = torch.amp.GradScaler
+torch.amp.GradScaler = lambda *args, **kwargs: scaler(*args, init_scale=scale, **kwargs)
+ranks.run(train.main, config.parse(config.Config))
+"""
+
+
+def spoiled_run(world, root, where, *flags, ok):
+    """One of two ranks meets a number that is not finite in its third step -> metrics, what was printed, and,
+    of each rank, (state before, state after) each step: weights, moments, counts of steps."""
+    root.mkdir(exist_ok=True)
+    (root / "spoils.py").write_text(SPOILS)
+    command = train_command(world, root, "--max_steps", "5", *flags, ranks=2)
+    command[command.index(str(ROOT / "train.py"))] = str(root / "spoils.py")
+    done = subprocess.run([*command, where, str(root / "digests")], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return metrics_of(root / "r"), done.stdout + done.stderr, [
+        [line.split(" ") for line in (root / f"digests{rank}").read_text().splitlines()] for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_on_one_of_two_ranks_changes_nothing_on_both(world, tmp_path, where):
+    """The update was queued before anybody looked."""
+    metrics, printed, states = spoiled_run(world, tmp_path, where, ok=False)
+    assert len(metrics) == 2 and "step 3: loss" in printed and "The update was not made" in printed
+    for mine, other in zip(*states, strict=True):
+        assert mine[1] == other[1]
+    (_, one), (_, two), (before, after) = states[0]
+    assert before == after == two != one
+
+
+def test_an_overflow_on_one_of_two_ranks_skips_the_step_on_both_and_is_no_error(world, tmp_path):
+    metrics, _, states = spoiled_run(world, tmp_path, "gradient", "--precision", "fp16", ok=True)
+    assert [line["skipped"] for line in metrics] == [0, 0, 1, 0, 0]
+    assert [line["grad_norm"] is None for line in metrics] == [False, False, True, False, False]
+    for mine, other in zip(*states, strict=True):
+        assert mine[1] == other[1]
+    assert [before == after for before, after in states[0]] == [False, False, True, False, False]
+    state = json.loads((tmp_path / "r" / "step-00000005" / "state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0 ** 11 and state["scaler"]["_growth_tracker"] == 2
+
+
+def test_in_fp16_a_loss_that_is_not_finite_stops_the_run_before_the_update(world, tmp_path):
+    """The scale can't help there. Its gradient is finite: GradScaler alone would make the update."""
+    metrics, printed, states = spoiled_run(world, tmp_path, "loss", "--precision", "fp16", ok=False)
+    assert len(metrics) == 2 and "step 3: loss inf" in printed and "The update was not made" in printed
+    assert states[0][2][0] == states[0][2][1] == states[1][2][1]
+
+
+FP16 = ("--precision", "fp16", "--max_steps", "12", "--save_every", "6")
+
+
+def test_in_fp16_a_lost_run_continues_with_its_scale_bit_for_bit(world, tmp_path, monkeypatch):
+    """The scale begins too high, so that steps are skipped, and grows every third step."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler",
+                        lambda *args, **how: scaler(*args, init_scale=2.0 ** 19, growth_interval=3, **how))
+    whole, run = train_here(monkeypatch, world, tmp_path, *FP16)
+    assert whole[0]["skipped"] == 1 and 1 < sum(line["skipped"] for line in whole) < 6
+    want, state = weights(run), checkpoint.read_state(run / "step-00000012")
+    for kept in (True, False):
+        shutil.rmtree(run / "step-00000012")
+        with monkeypatch.context() as patch:
+            if not kept:                                    # it would be caught
+                patch.setattr(scaler, "load_state_dict", lambda self, state: None)
+            again, _ = train_here(patch, world, tmp_path, *FP16)
+        assert (exactly(again) == exactly(whole)) == kept
+        if kept:
+            assert [line["skipped"] for line in again] == [line["skipped"] for line in whole]
+            assert checkpoint.read_state(run / "step-00000012")["scaler"] == state["scaler"]
+            assert all(torch.equal(weights(run)[name], want[name]) for name in want)
+
+
+def test_a_gradient_that_is_not_finite_without_scaling_either_is_an_error():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    with world_of_one():
+        assert train.stop_unless_finite(1.0, math.inf, 7, [{"ids": ["a"]}], scaler) is True
+        scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+        for loss, norm in ((1.0, math.inf), (math.nan, math.nan)):
+            with pytest.raises(config.UserError, match="step 7: loss .* The update was not made"):
+                train.stop_unless_finite(loss, norm, 7, [{"ids": ["a"]}], scaler)
+        with pytest.raises(config.UserError, match="step 7: loss nan"):
+            train.stop_unless_finite(math.nan, math.nan, 7, [{"ids": ["a"]}],
+                                     torch.amp.GradScaler("cpu", init_scale=1.0))
 
 
 def test_each_rank_drops_other_activations(world, monkeypatch):
