@@ -4,7 +4,7 @@ Weights and optimizer are safetensors, the rest is JSON; never pickle.
 
     runs/<run_id>/config.json            every flag of the run
                   metrics.jsonl          one line per optimizer step
-                  step-00000500/model.safetensors       parts trained so far: projector.*, llm.*, vision.*
+                  step-00000500/model.safetensors       trained: projector.*, vision.*, llm.* or its adapters
                                 optimizer.safetensors   AdamW's state and every rank's random state
                                 state.json              step, parts, what else a run needs to go on; of
                                                         the files above: checksum, names and shapes
@@ -279,9 +279,9 @@ def tensors_of(module, parts):
     """State dict of the given parts.
     Some models use one tensor twice, as embedding and as output ("tied"). It goes in once, under its first
     name: safetensors refuses two."""
-    tensors, seen = {}, set()
+    tensors, seen, adapters = {}, set(), getattr(module, "adapters", None)
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if name.split(".")[0] in parts and tensor not in seen:
+        if name.split(".")[0] in parts and tensor not in seen and (not adapters or adapters.saves(name)):
             seen.add(tensor)
             tensors[name] = tensor.detach()
     return tensors
@@ -293,11 +293,13 @@ def whole(tensor):
 
 
 def load_weights(model, step_folder):
-    """Fills the parts that the checkpoint holds.
-    Strict: every tensor of a part must be there, in its shape."""
+    """Fills the parts that the checkpoint holds. Strict: each tensor of them must be there, in its shape."""
     file = Path(step_folder) / "model.safetensors"
     try:
         saved = tensors_in(file)
+        if read_state(step_folder).get("lora"):
+            import lora
+            lora.prepare(model, step_folder)
         parts = {name.split(".")[0] for name in saved} | set(read_state(step_folder)["parts"])
         wanted = tensors_of(model, parts)
         wrong = ([f"missing {name}" for name in wanted if name not in saved]

@@ -80,6 +80,9 @@ class Config:
     ckpt: str = knob("", "run folder or step folder whose weights this run starts from")
     trains: str = knob("", "parts that train, joined by commas: vision, projector, llm, llm.last "
                        "(embeddings, last layer, output); empty = the stage's")
+    lora_rank: int = knob(0, "LoRA: llm in --trains means matrices of this rank beside frozen ones; 0 = none")
+    lora_alpha: int = knob(16, "LoRA: what the matrices add is multiplied by alpha / rank")
+    lora_dropout: float = knob(0.0, "LoRA: dropout of what goes into the matrices, in training")
     no_align: bool = knob(False, "finetune from a fresh projector, without an align stage before")
     preset: str = knob("toy", "named set of values for all other flags")
     vision_backbone: str = knob(
@@ -151,8 +154,9 @@ class Config:
         if self.stage in ("full-finetune", "vla") and not self.ckpt:
             raise UserError(f"--stage {self.stage} starts from a trained VLM: give --ckpt runs/<run>")
         if not self.trained or not set(self.trained) <= {"vision", "projector", "llm", "llm.last"}:
-            raise UserError(f"--trains {self.trains}: choose from vision, projector, llm, llm.last, "
-                            "joined by commas")
+            raise UserError(f"--trains {self.trains}: choose from vision, projector, llm, llm.last (a,b,...)")
+        if self.lora_rank and {"llm", "llm.last"} & set(self.trained) != {"llm"}:
+            raise UserError(f"--trains {','.join(self.trained)}: --lora_rank needs llm there, not llm.last")
         times = self.mixture.split(",") if self.mixture else []
         if times and (len(times) != len(self.train_json.split(","))
                       or not all(re.fullmatch("[1-9][0-9]{0,3}", t) for t in times)):
@@ -190,7 +194,8 @@ LIMITS = {"global_batch_size": (1, 10 ** 6), "per_device_batch_size": (1, 10 ** 
           "save_every": (1, 10 ** 9), "keep": (1, 10 ** 6), "max_length": (1, 10 ** 7),
           "max_steps": (0, 10 ** 9), "num_workers": (0, 1000), "length_window": (0, 10 ** 6),
           "seed": (0, 2 ** 32 - 1), "profile": (0, 1000), "learning_rate": (0, 1e30),
-          "weight_decay": (0, 1e3), "warmup_ratio": (0, 1), "max_grad_norm": (1e-30, 1e30)}
+          "weight_decay": (0, 1e3), "warmup_ratio": (0, 1), "max_grad_norm": (1e-30, 1e30),
+          "lora_rank": (0, 10 ** 4), "lora_alpha": (1, 10 ** 6), "lora_dropout": (0, 0.99)}
 
 
 def check_types(cfg):
@@ -301,7 +306,7 @@ def config_defaults(argv):
     preset = known.preset or inherited.get("preset", default)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"--preset {preset}: there is none of this name. Choose from {', '.join(PRESETS)}")
-    if inherited.get("preset", preset) != preset:
+    if inherited.get("preset", preset) != preset and PRESETS[preset].get(""):
         raise UserError(f"--preset {preset}: the checkpoint {known.ckpt} was made with "
                         f"--preset {inherited['preset']}. "
                         "Leave the flag out: the model comes from the checkpoint")

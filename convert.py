@@ -3,6 +3,8 @@
     python convert.py --from SOURCE --out FOLDER            # SOURCE becomes a run that --ckpt takes
     python convert.py --ckpt RUN --to llava --out FOLDER    # a run becomes a folder that transformers reads
     python convert.py --ckpt RUN --to openvla --out FOLDER  # a policy becomes a folder that vLLM serves
+    python convert.py --ckpt RUN --to peft --out FOLDER     # a LoRA run's adapters, for the peft library
+    python convert.py --ckpt RUN --merge --out FOLDER       # a LoRA run becomes a run without adapters
 
 SOURCE is a run folder of Prismatic (or the .pt file in it), a folder of OpenVLA, or one of llava-hf. Both of
 its backbones become folders inside of FOLDER. What is read is tensors and JSON; no code of theirs is run.
@@ -24,9 +26,11 @@ from config import Config, UserError, knob, parse
 class ConvertConfig:
     from_: str = knob("", "Prismatic run folder or .pt file, OpenVLA folder, or llava-hf folder")
     ckpt: str = knob("", "run folder or step folder that goes out")
-    to: Literal["", "llava", "openvla"] = knob("", "the form in which --ckpt goes out")
+    to: Literal["", "llava", "openvla", "peft"] = knob("", "the form in which --ckpt goes out")
+    merge: bool = knob(False, "add a LoRA run's adapters to its language model: an ordinary run, in fp32")
     out: str = knob("", "new folder for the result")
-    bf16: bool = knob(False, "--to: write all weights in bfloat16: half the size; answers can change a word")
+    bf16: bool = knob(
+        False, "write all weights of --to and --merge in bfloat16: half the size; answers can change a word")
     vision_backbone: str = knob(
         "", "Prismatic without vision weights: folders or hub ids of the towers; empty = the official ones")
     llm_backbone: str = knob(
@@ -35,10 +39,12 @@ class ConvertConfig:
         "", "--from: the prompt format of the run; empty = what the source was trained with")
 
     def __post_init__(self):
-        if bool(self.from_) == bool(self.ckpt) or bool(self.ckpt) != bool(self.to) or not self.out:
-            raise UserError("give --from SOURCE --out FOLDER, or --ckpt RUN --to llava|openvla --out FOLDER")
+        ways = bool(self.to) + self.merge
+        if bool(self.from_) == bool(self.ckpt) or bool(self.ckpt) != ways or not self.out:
+            raise UserError("give --from SOURCE --out FOLDER, or --ckpt RUN --out FOLDER and one of "
+                            "--to llava|openvla|peft, --merge")
         if self.bf16 if self.from_ else self.prompt or self.vision_backbone or self.llm_backbone:
-            raise UserError("--bf16 is for --to; --prompt and the backbones are for --from")
+            raise UserError("--bf16 is for --to and --merge; --prompt and the backbones are for --from")
         try:
             taken = os.path.lexists(self.out) or Path(self.out).name.startswith("step-") or "," in self.out
         except ValueError:
@@ -53,6 +59,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import chat
 import checkpoint
@@ -206,9 +213,8 @@ def send_out(ckpt, kind, out, bf16=False):
     if getattr(run.model.llm.get_output_embeddings(), "bias", None) is not None:
         raise wrong("has a language model with a bias in its output layer, which this form has no place for")
     form.refuse(run, wrong)
-    if bf16:                            # not model.to(): it would round the angles of rotary positions, too
-        for parameter in run.model.parameters():
-            parameter.data = parameter.data.bfloat16()
+    if bf16:
+        round_weights(run.model)
     with weights.whole(out.resolve()) as folder:
         image_id = form.write(run, folder)
         text = card(run, form, out.name, "{difference}")    # now: after the check the run's weights are gone
@@ -217,8 +223,9 @@ def send_out(ckpt, kind, out, bf16=False):
     print(f"folder   {out}   ({difference})")
 
 
-def load_run(ckpt):
-    """All parts of a run, each in the precision that it has on disk. Nothing is rounded on its way out."""
+def load_run(ckpt, merged=True):
+    """All parts of a run, each in the precision that it has on disk. Nothing is rounded on its way out.
+    merged: adapters are added to their LLM. They are in fp32, so it is, too."""
     cfg, step = read_config(ckpt), checkpoint.find(ckpt)
     saved, state = weights.Tensors(step), checkpoint.read_state(step)
     dtype = {part: saved[next(name for name in saved if name.startswith(f"{part}."))].dtype
@@ -233,8 +240,80 @@ def load_run(ckpt):
     if not language.captions:
         chat.check_same(state, language, ckpt, cfg.llm_backbone)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)
-    return SimpleNamespace(ckpt=ckpt, cfg=cfg, step=step, model=model, language=language,
-                           transforms=transforms, actions=state.get("actions"))
+    run = SimpleNamespace(ckpt=ckpt, cfg=cfg, step=step, model=model, language=language,
+                          transforms=transforms, actions=state.get("actions"))
+    if merged and model.adapters:
+        merge(run)
+    return run
+
+
+@torch.no_grad()
+def merge(run):
+    """LoRA: what `lora.adapted` and `lora.with_rows` compute becomes a part of the LLM's own tensors, and the
+    adapters go. Prints how far that is from them in logits: sums of fp32, rounded in another order."""
+    adapters, examples = run.model.adapters, llava.made_up(run)
+    before = [llava.seen_by(run, *example)[2] for example in examples]
+    for layer in adapters.layers:
+        product = layer.lora_B.weight @ layer.lora_A.weight * (adapters.alpha / adapters.rank)
+        layer.weight += product.T if isinstance(layer, Conv1D) else product
+        del layer.lora_A, layer.lora_B, layer.lora_dropout, layer.forward
+    for table in adapters.tables if adapters.rows else ():
+        table.weight[slice(*adapters.rows)] = table.token_adapter["trainable_tokens_delta"]
+        del table.token_adapter, table.forward
+    run.model.adapters = None
+    after = [llava.seen_by(run, *example)[2] for example in examples]
+    difference = max((a - b).abs().max().item() for a, b in zip(after, before))
+    print(f"merged   adapters of rank {adapters.rank} in fp32: logits of {len(examples)} made-up examples "
+          f"differ by {difference:.1g} of {max(b.abs().max().item() for b in before):.3g}")
+
+
+def write_merged(ckpt, out, bf16):
+    """--merge -> a run folder with the LLM as a whole. It stands beside nothing any more."""
+    run = load_run(with_adapters(ckpt, "--merge"))
+    if bf16:
+        round_weights(run.model)
+    state = checkpoint.read_state(run.step)
+    kept = {name: state[name] for name in ("parts", "prompt", "actions") if name in state}
+    settings = asdict(run.cfg) | {"lora_rank": 0, "started": f"{time.strftime('%F %T')} merged"}
+    with weights.whole(out.resolve()) as folder:
+        checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=2))
+        checkpoint.save(folder, state["step"], checkpoint.tensors_of(run.model, state["parts"]),
+                        {"random.0": torch.get_rng_state()}, kept | {"forever": True}, keep=1)
+    print(f"run      {out}")
+
+
+def write_adapters(ckpt, out):
+    """--to peft -> a folder for PeftModel.from_pretrained(language model, folder). peft's names are ours
+    behind a prefix. The projector, and vision if it trained, have no place there."""
+    run = load_run(with_adapters(ckpt, "--to peft"), merged=False)
+    adapters, rows = run.model.adapters, "token_adapter.trainable_tokens_delta"
+    tensors = {f"base_model.model.{name.removeprefix('llm.')}": tensor
+               for name, tensor in checkpoint.tensors_of(run.model, {"llm"}).items()}
+    layers = {name.split(".")[-3] for name in tensors if name.endswith("lora_A.weight")}
+    tables = [name.split(".")[-3] for name in tensors if name.endswith(rows)]
+    with weights.whole(out.resolve()) as folder:
+        weights.write_shards(folder, tensors.items())
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        weights.write_json(folder / "adapter_config.json", {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run.cfg.llm_backbone,
+            "r": adapters.rank, "lora_alpha": adapters.alpha, "lora_dropout": run.cfg.lora_dropout,
+            "target_modules": sorted(layers), "bias": "none", "inference_mode": True,
+            "fan_in_fan_out": isinstance(adapters.layers[0], Conv1D),
+            "trainable_token_indices": {name: list(range(*adapters.rows)) for name in tables} or None})
+    beside = adapters.base["folder"] if adapters.base else run.cfg.llm_backbone
+    print(f"folder   {out}   (adapters alone; their language model is that of {beside})")
+
+
+def with_adapters(ckpt, flag):
+    if not checkpoint.read_state(checkpoint.find(ckpt)).get("lora"):
+        raise UserError(f"{flag}: {ckpt} holds no adapters, it was trained without --lora_rank")
+    return ckpt
+
+
+def round_weights(model):
+    """To bfloat16. Not model.to(): it would round the angles of rotary positions, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
 
 
 def card(run, form, name, difference):
@@ -243,8 +322,9 @@ def card(run, form, name, difference):
     size = sum(p.numel() * p.element_size() for p in run.model.parameters())
     towers, llm, data = map(weights.base_name, (cfg.vision_backbone, cfg.llm_backbone, cfg.train_json))
     steps = checkpoint.read_state(run.step)["step"]
+    adapted = f", LoRA of rank {cfg.lora_rank}, merged" if cfg.lora_rank else ""
     trained = (f"Stage `{cfg.stage}` on {data}, {steps} steps, global batch {cfg.global_batch_size}, "
-               f"learning rate {cfg.learning_rate:g}." if steps
+               f"learning rate {cfg.learning_rate:g}{adapted}." if steps
                else f"Imported from {data}, not trained further.")
     return f"""---
 library_name: {form.LIBRARY}
@@ -270,6 +350,10 @@ def main(cfg):
         signal.signal(name, interrupt)
     if cfg.from_:
         bring_in(cfg)
+    elif cfg.merge:
+        write_merged(cfg.ckpt, Path(cfg.out), cfg.bf16)
+    elif cfg.to == "peft":
+        write_adapters(cfg.ckpt, Path(cfg.out))
     else:
         send_out(cfg.ckpt, cfg.to, Path(cfg.out), cfg.bf16)
 

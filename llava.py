@@ -471,8 +471,11 @@ def own_examples(run, most=6):
         except BadExample:
             continue
     own = [example for examples in found.values() for example in examples][:most]
-    made_up = [(turns[:1], [noise()] * n) for n, turns in list(probes(run.language))[:3]]
-    return (own, True) if own else (made_up, False)
+    return (own, True) if own else (made_up(run), False)
+
+
+def made_up(run):
+    return [(turns[:1], [noise()] * n) for n, turns in list(probes(run.language))[:3]]
 
 
 def noise():
@@ -480,18 +483,24 @@ def noise():
 
 
 @torch.no_grad()
+def seen_by(run, turns, pictures):
+    """-> what the run makes of an example: ids, pixels of its first tower, logits (T, V)."""
+    ids, _ = tokenize({"image": ["?"] * len(pictures), "conversations": turns}, run.language,
+                      run.transforms[0].patches, 10 ** 6, ask=True)
+    pixels = [torch.stack([transform(picture) for picture in pictures])
+              for transform in run.transforms] if pictures else []
+    x = run.model.embed(torch.tensor([ids]), pixels)
+    return ids, pixels[0] if pictures else None, run.model.llm(inputs_embeds=x).logits[0]
+
+
+@torch.no_grad()
 def compare(run, folder, image_id):
     """Loads the folder as its users do, and compares ids, pixels and logits -> the largest difference, in
     words. Raises UserError where something differs by more than rounding."""
     examples, own = own_examples(run)
-    model, ours = run.model.float(), []
-    for turns, pictures in examples:
-        ids, _ = tokenize({"image": ["?"] * len(pictures), "conversations": turns}, run.language,
-                          run.transforms[0].patches, 10 ** 6, ask=True)
-        pixels = torch.stack([run.transforms[0](picture) for picture in pictures]) if pictures else None
-        x = model.embed(torch.tensor([ids]), [pixels] if pictures else [])
-        ours.append((ids, pixels, model.llm(inputs_embeds=x).logits[0]))
-    model.free()                                            # never two models in memory
+    run.model.float()
+    ours = [seen_by(run, *example) for example in examples]
+    run.model.free()                                        # never two models in memory
     # Pillow's pixels, as ours are. Where torchvision is installed, transformers takes its resizing otherwise.
     processor = AutoProcessor.from_pretrained(folder, backend="pil", **loading_options(folder))
     theirs = load(AutoModelForImageTextToText, str(folder), "--out", dtype=torch.float32).eval()

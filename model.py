@@ -97,7 +97,7 @@ class VLM(nn.Module):
     def __init__(self, vision, projector, llm):
         super().__init__()
         self.vision, self.projector, self.llm = vision, projector, llm
-        self.trained = ()
+        self.trained, self.adapters = (), None              # see set_trained, and lora.py
 
     def set_trained(self, names):
         """Only the named parts get gradients (see TRAINS in config.py);
@@ -248,7 +248,7 @@ def load(cls, name, flag, **options):
 
 def load_vlm(cfg, trained=PARTS, frozen_dtype=torch.float32):
     """The VLM of a Config, its projector fresh from the seed. Parts that do not train get `frozen_dtype`."""
-    trained = {name.split(".")[0] for name in trained}
+    trained = {name.split(".")[0] for name in trained} - ({"llm"} if cfg.lora_rank else set())
     dtype = {name: torch.float32 if name in trained else frozen_dtype for name in PARTS}
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)
     vision = load_vision(cfg.vision_backbone, dtype["vision"], cfg.openvla_vision, transforms)

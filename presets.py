@@ -47,4 +47,14 @@ PRESETS = {
         "openvla_vision": True, "gradient_checkpointing": True, "shard": "all"},
         # Programs that serve OpenVLA's format can't crop a picture, so its policies must see whole ones.
         "vla": _PUBLISHED["vla"] | {"augment": False}},
+    # The defaults of OpenVLA's vla-scripts/finetune.py, where 16 is the batch of each GPU. The model comes
+    # from --ckpt, such as an imported openvla-7b. What differs: there vision and projector have adapters too;
+    # here the projector trains as a whole, and vision, which would not bear this learning rate, not at all.
+    # There A is drawn from a Gaussian, here as peft does it by default. There rows of embeddings and output
+    # stay, here those of the actions train. There nothing is clipped, and pictures are augmented; as to that,
+    # see above.
+    "openvla-lora": {**_PUBLISHED, "": {}, "vla": _PUBLISHED["vla"] | {
+        "trains": "projector,llm", "lora_rank": 32, "lora_alpha": 16, "lora_dropout": 0.0,
+        "global_batch_size": 16, "per_device_batch_size": 16, "learning_rate": 5e-4, "weight_decay": 0.01,
+        "max_steps": 200000, "save_every": 5000, "augment": False, "gradient_checkpointing": True}},
 }

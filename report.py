@@ -21,6 +21,11 @@ def opening(model, data, sampler, total, run, step):
         print(f"{run}: this run is finished, all {total:,} steps are done")
         return
     print(f"trains   {sizes(True)} · frozen {sizes(False)}")
+    if model.adapters:
+        added = model.adapters
+        where = f" of {added.base['folder']}, which must stay" if added.base else ""
+        print(f"adapters rank {added.rank}, alpha {added.alpha}, beside {len(added.layers)} layers of the "
+              f"language model{where}")
     print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x "
           f"{sampler.accumulation} accumulated x {sampler.world_size} ranks · "
           f"{len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "

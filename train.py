@@ -86,7 +86,7 @@ def main(cfg):
             checkpoint.write_text(run / "dataset_statistics.json", json.dumps(policy.statistics, indent=2))
     bar = report.progress_bar(cfg.stage, total, step, rank)
     about = {"parts": parts, "prompt": files[0].language.prompt[:5]}    # as it was learned from a template
-    about |= {"actions": policy.saved()} if policy else {}
+    about |= {name: of.saved() for name, of in (("actions", policy), ("lora", model.adapters)) if of}
     watched = StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
     speed = Speed(model, device, dtype, total - step)
     stop, stopped, saved = ranks.Stop(), False, step
@@ -215,6 +215,9 @@ def prepare(cfg, start, trained, policy, sampler, device):
         # New rows of the embedding table, for action tokens. A checkpoint of stage vla has trained ones.
         policy.fresh_rows(model.llm, cfg.seed)
     model.set_trained(cfg.trained)
+    if cfg.lora_rank or model.adapters:                     # those of --ckpt
+        import lora
+        lora.begin(model, cfg, start, policy)
     if cfg.gradient_checkpointing:
         model.use_recomputing()
     if cfg.compile:

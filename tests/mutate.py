@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # room -> test files that know its laws
 TESTS = {"config": "errors fuzz", "sampler": "sampler", "prompts": "prompts chat errors foreign",
          "images": "images errors foreign", "data": "data errors fuzz", "model": "model errors foreign",
-         "checkpoint": "checkpoint errors fuzz", "train": "model train", "actions": "actions",
+         "checkpoint": "checkpoint errors fuzz", "train": "model train", "actions": "actions", "lora": "lora",
          "owner": "owner", "ranks": "train faults owner", "errors": "train faults",
          "chat": "chat prompts", "weights": "convert", "llava": "convert", "openvla": "convert",
          "convert": "convert", "desk": "serve", "protocols": "serve", "serve": "serve",
