@@ -143,6 +143,7 @@ class Config:
     compile: bool = knob(False, "torch.compile the LLM's blocks: a slower first step; on a CPU it needs g++")
     profile: int = knob(
         0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
+    forecast: bool = knob(True, "on a GPU: count first what a step takes, and refuse what can't fit")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = knob(
         "auto", "of matrix products; auto = bf16 where the GPU has it, fp16 on V100 and T4, else fp32")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from transformers import PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from config import UserError, printable
 
@@ -52,6 +52,16 @@ def check_settings(name, settings):
                             f"({key}), which is not run. Remove this line")
     if settings.get("quantization_config"):
         raise UserError(f"{name} is quantized; give the model as it was before")
+
+
+def without_weights(cls, settings, dtype, **changed):
+    """The model that `cls` would load, from its config.json alone. On the device "meta" it takes no room."""
+    auto = AutoModelForCausalLM if cls is AutoModelForCausalLM else AutoModel
+    if auto is AutoModel:                                   # of CLIP and SigLIP only the half that sees
+        settings = getattr(settings, "vision_config", settings)
+    for name, value in changed.items():
+        setattr(settings, name, value)
+    return auto.from_config(settings, dtype=dtype)
 
 
 @functools.cache

@@ -215,9 +215,10 @@ def load_vision(names, dtype=torch.float32, as_openvla=False, transforms=()):
 
 
 def load_llm(name, dtype=torch.float32):
-    """Folder or hub id -> causal language model.
-    Refuses the few that do more than `embed` and `loss_of` do, as by scaling: that is tried out."""
+    """Folder or hub id -> causal language model. Refuses the few that do more than `embed` and `loss_of`."""
     llm = load(AutoModelForCausalLM, name, "--llm_backbone", dtype=dtype)
+    if llm.device.type == "meta":                           # shapes without numbers: nothing can be tried out
+        return llm
     with torch.no_grad():
         ids = torch.arange(4)[None]                                                         # (1, 4)
         given = llm(ids, use_cache=False).logits.float()                                    # (1, 4, V)
@@ -232,10 +233,12 @@ def load_llm(name, dtype=torch.float32):
 
 
 def load(cls, name, flag, **options):
-    from foreign import loading_options
+    from foreign import loading_options, without_weights
     try:
         if cls is AutoConfig:
             return cls.from_pretrained(name, **loading_options(name))
+        if torch.get_default_device().type == "meta":       # for plan.py: shapes without numbers
+            return without_weights(cls, AutoConfig.from_pretrained(name, **loading_options(name)), **options)
         model, found = cls.from_pretrained(name, output_loading_info=True, **loading_options(name), **options)
         missing = sorted(found["missing_keys"]) + list(found["mismatched_keys"])
         if missing:                                 # transformers would fill them with random numbers

@@ -25,7 +25,7 @@ from config import UserError, read_config
 # A run may continue with other values of these: they do not change what is computed, up to float rounding.
 FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite",
                   "gradient_checkpointing", "run_root", "run_id", "prepare", "val_json", "keep_epochs",
-                  "skip_bad_examples", "profile", "compile", "shard")
+                  "skip_bad_examples", "profile", "compile", "shard", "forecast")
 
 
 # What train.py and its commands write into a run folder. Anything else in it is the user's.

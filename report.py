@@ -2,13 +2,46 @@
 import os
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from tqdm import tqdm
 
 import chat
 from check import show
-from config import BadExample, printable
+from config import BadExample, UserError, printable
 from model import PARTS
+
+DOES_NOT_FIT = 3                                            # plan.py's exit code, with --one_line
+
+
+def forecast(cfg, device):
+    """On a GPU, before anything is loaded: what a step will take of it. Raises UserError if it can't fit."""
+    if device.type == "cuda" and cfg.forecast and dist.get_rank() == 0:
+        count(cfg, dist.get_world_size(), torch.cuda.get_device_properties(device).total_memory)
+
+
+def count(cfg, gpus, memory):
+    """Asks plan.py, in a process of its own: it makes a process group of its own, and takes nothing of the
+    GPU. memory: bytes"""
+    print("memory   is being counted, which takes some seconds (--no-forecast leaves it out)", flush=True)
+    flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+             for name, value in asdict(cfg).items()]
+    command = [sys.executable, str(Path(__file__).with_name("plan.py")), *flags, f"--gpus={gpus}",
+               f"--memory={memory / 1e9}", "--one_line"]
+    alone = {name: value for name, value in os.environ.items()
+             if name not in ("RANK", "TORCHELASTIC_ERROR_FILE")}    # it is no rank, its errors are its own
+    done = subprocess.run(command, capture_output=True, text=True, env=alone | {"CUDA_VISIBLE_DEVICES": ""})
+    said = (done.stdout or done.stderr).strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    if done.returncode == DOES_NOT_FIT:
+        raise UserError(f"this run can't fit. {said[0]}. Less take --gradient_checkpointing and a smaller "
+                        "--per_device_batch_size; python plan.py with the flags of this run shows how much. "
+                        "--no-forecast tries it all the same")
+    print(said[0] if done.returncode == 0 else f"memory   can't be counted: {printable(said[0], 400)}",
+          flush=True)
 
 
 def opening(model, data, sampler, total, run, step):

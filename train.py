@@ -62,6 +62,7 @@ def main(cfg):
     # micro-batches would divide by the accumulation.) --max_steps ends a run earlier, or later, than that,
     # also in the middle of an epoch; a cosine reaches zero there.
     total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
+    report.forecast(cfg, device)        # refuses a run that can't fit
     parts, model = load_model(cfg, policy, sampler, device)
     optimizer, dtype = make_optimizer(model, cfg), working_type(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -78,7 +79,6 @@ def main(cfg):
         find_unused_parameters=not sampler.has_image.all(),
         forward_sync_buffers=False,                                 # they are the same everywhere
         gradient_as_bucket_view=True))                              # what is sent is the gradient, no copy
-
     # Writing files and printing is rank zero's work. Eight ranks would write eight times, into one file.
     if rank == 0:
         report.opening(model, files[0], sampler, total, run, step)

@@ -26,8 +26,8 @@ TESTS = {"config": "errors fuzz", "sampler": "sampler", "prompts": "prompts chat
          "checkpoint": "checkpoint errors fuzz", "train": "model train", "actions": "actions", "lora": "lora",
          "owner": "owner", "ranks": "train faults owner", "errors": "train faults",
          "chat": "chat prompts", "weights": "convert", "llava": "convert", "openvla": "convert",
-         "convert": "convert", "desk": "serve", "protocols": "serve", "serve": "serve",
-         "evaluate": "evaluate", "generate": "model actions", "profiling": "profiling",
+         "convert": "convert", "desk": "serve", "protocols": "serve", "serve": "serve", "plan": "plan",
+         "ledger": "plan", "evaluate": "evaluate", "generate": "model actions", "profiling": "profiling",
          "restarts": "faults", "toy/world": "toy", "toy/robot": "toy_robot"}
 SWAPS = {"+": "-", "-": "+", "*": "+", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
          "and": "or", "or": "and", "True": "False", "False": "True", "min": "max", "max": "min",
