@@ -112,8 +112,7 @@ class Desk:
                         self._finish(jobs[0], error)
                     else:
                         print(f"{len(jobs)} requests failed as a batch ({type(error).__name__}), each is now "
-                              "tried alone; if memory ran out, lower --batch_size",
-                              file=sys.stderr, flush=True)
+                              "tried alone; if memory ran out, lower --batch_size", file=sys.stderr)
 
     def _answer(self, jobs):
         def after_each_token(ids, _):                                                       # (B, new)

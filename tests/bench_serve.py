@@ -8,6 +8,7 @@ that the model gives in this process, one question at a time. A policy is asked 
 import argparse
 import http.client
 import json
+import os
 import random
 import re
 import subprocess
@@ -65,6 +66,12 @@ def client(port, asked, times, wrong):
             wrong.append((request, want, got))
 
 
+def cpu_seconds(process):
+    """Of the server so far. On busy cores the clock says little."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main(args):
     server = subprocess.Popen([sys.executable, str(ROOT / "serve.py"), "--ckpt", args.ckpt, "--port", "0",
                                "--batch_size", str(args.batch_size)], stdout=subprocess.PIPE, text=True)
@@ -76,16 +83,17 @@ def main(args):
             times, wrong, left = [], [], list(asked)
             threads = [threading.Thread(target=client, args=(port, left, times, wrong))
                        for _ in range(clients)]
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), cpu_seconds(server)
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            seconds = time.perf_counter() - began
+            seconds, busy = time.perf_counter() - began, cpu_seconds(server) - busy
             middle, late, last = np.quantile(times, [0.5, 0.95, 1])
             print(f"{clients} clients, batches up to {args.batch_size}: {len(times)} of {args.requests} "
-                  f"answered, {len(wrong)} wrong, {len(times) / seconds:.0f} a second; latency: middle "
-                  f"{middle * 1e3:.0f} ms, 95 % {late * 1e3:.0f} ms, longest {last * 1e3:.0f} ms", flush=True)
+                  f"answered, {len(wrong)} wrong; {len(times) / seconds:.0f} a second, "
+                  f"{busy / len(times) * 1e3:.0f} ms of CPU each; latency: middle {middle * 1e3:.0f} ms, "
+                  f"95 % {late * 1e3:.0f} ms, longest {last * 1e3:.0f} ms", flush=True)
             for each in wrong[:3]:
                 print("wrong:", str(each[0])[-200:], each[1:])
     finally:
