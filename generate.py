@@ -35,7 +35,6 @@ if __name__ == "__main__":
     cfg = parse(GenerateConfig, description="Ask a trained model.")  # before torch is imported: a fast --help
 
 import torch
-from torch.nn import functional as F
 
 import chat
 import checkpoint
@@ -118,31 +117,30 @@ class Assistant:
         return self.policy.decode(self.action_ids(examples), key)
 
     def action_ids(self, examples):
-        """-> (n, A) the likeliest action token, A times. A policy can't answer in words, so of the output
-        layer only the 256 rows of actions are used: there is nothing to mask, and no V logits."""
+        """-> (n, A) the likeliest action token, A times. A policy can't answer in words: of the logits only
+        those of the 256 actions are looked at."""
         policy, llm = self.policy, self.model.llm
         x, mask, _ = self.embed(examples, policy.dimensions, policy.dimensions)         # (B, T, D), (B, T)
         positions = (mask.cumsum(1) - 1).clamp_min(0).to(self.device)   # padding on the left is not counted
         mask = None if mask.all() else mask.to(self.device)             # without one, attention is faster
         head, cache, ids = llm.get_output_embeddings(), None, []
-        weight, bias = (rows if rows is None else rows[policy.ids[0]:policy.end]
-                        for rows in (head.weight, head.bias))                           # (256, D), (256,)
         for _ in range(policy.dimensions):
             out = llm.base_model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
                                  past_key_values=cache, use_cache=True)
-            ids.append(F.linear(out.last_hidden_state[:, -1], weight, bias).argmax(-1) + policy.ids[0])
+            logits = head(out.last_hidden_state[:, -1])[:, policy.ids[0]:policy.end]        # (B, 256)
+            ids.append(logits.argmax(-1) + policy.ids[0])
             x, cache, positions = llm.get_input_embeddings()(ids[-1][:, None]), out.past_key_values, (
                 positions[:, -1:] + 1)
             mask = mask if mask is None else torch.cat([mask, mask[:, -1:]], 1)
         return torch.stack(ids, 1).cpu().numpy()
 
-    def answer_ids(self, examples, max_new_tokens=256, streamer=None):
-        """-> one list of new ids per example, end token included."""
+    def answer_ids(self, examples, max_new_tokens=256, streamer=None, **options):
+        """-> one list of new ids per example, end token included. options: for transformers' generate."""
         x, mask, left = self.embed(examples, 1, max_new_tokens)
         stop = self.language.end_id
         new = self.model.llm.generate(inputs_embeds=x, attention_mask=mask.to(self.device), do_sample=False,
                                       max_new_tokens=left, eos_token_id=stop, pad_token_id=stop,
-                                      streamer=streamer)                                            # (B, new)
+                                      streamer=streamer, **options)                                 # (B, new)
         answers = []
         for ids in new.tolist():
             answers.append(ids[:ids.index(stop) + 1] if stop in ids else ids)

@@ -333,7 +333,7 @@ def a_step(model, micro_batches):
     """-> what the step itself would wait for; what looking at its results would."""
     model.no_sync = nullcontext
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    cfg = SimpleNamespace(max_grad_norm=1.0, precision="fp32")
+    cfg = SimpleNamespace(max_grad_norm=1.0, precision="fp32", shard="no")
     with looks() as in_the_step:
         queued = train_step(model, optimizer, NO_SCALER, micro_batches, 9, cfg, torch.device("cpu"))
     with looks() as behind_it:
@@ -386,7 +386,7 @@ def sent_by_a_step(micro_batches, no_sync=DistributedDataParallel.no_sync):
     -> how many sums over the ranks, how many tensors of rank zero."""
     model = DistributedDataParallel(tiny_vlm(), find_unused_parameters=True, forward_sync_buffers=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    cfg = SimpleNamespace(max_grad_norm=1.0, precision="fp32")
+    cfg = SimpleNamespace(max_grad_norm=1.0, precision="fp32", shard="no")
     model.no_sync = partial(no_sync, model)
     for _ in range(2):
         with looks() as found:

@@ -213,7 +213,7 @@ def test_the_parts_are_those_computed_by_hand(world):
     buffers = 4 * 8 + 2 * 4 * 4 + 3 * 256 * 4
     trained, tensors = llm + projector, 9 * LAYERS + 3 + 4
     found, _ = counted(settings(world))
-    # ids and labels; pixels, as bytes; places of 4 patches and of 15 supervised tokens, for each of 2 examples
+    # ids and labels; pixels, as bytes; places of 4 patches and 15 supervised tokens, for 2 examples
     batch = 2 * 20 * 8 * 2 + 2 * 3 * 16 * 16 + 2 * (4 + 15) * 8
     assert {name: found.parts[name] for name in ("weights", "gradients", "moments", "copies", "batch")} == {
         "weights": 4 * trained + 2 * vision + buffers, "gradients": 4 * trained,

@@ -443,7 +443,7 @@ def test_frozen_parts_are_kept_in_the_type_that_the_card_computes_in(device, pre
     monkeypatch.chdir(ROOT)
     sampler = SimpleNamespace(lengths=torch.tensor([9]), has_image=torch.tensor([True]))
     with world_of_one():
-        _, model = train.load_model(cfg, None, sampler, torch.device(device))
+        model = train.prepare(cfg, None, {"projector"}, None, sampler, torch.device(device))
     assert {parameter.dtype for parameter in model.llm.parameters()} == {want}
     assert {parameter.dtype for parameter in model.vision.parameters()} == {want}
     assert {parameter.dtype for parameter in model.projector.parameters()} == {torch.float32}       # trains
