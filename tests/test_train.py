@@ -73,6 +73,8 @@ def train_here(monkeypatch, world, root, *flags, stage="finetune"):
     command = train_command(world, root, *flags, stage=stage)
     monkeypatch.setattr(train, "DistributedDataParallel", lambda *args, **how: ranks.alone(*args, **how))
     monkeypatch.chdir(ROOT)                                 # toy/ is there
+    if dist.is_initialized():                               # a module's own group of one
+        dist.destroy_process_group()
     try:
         train.main(config.parse(config.Config, command[command.index(str(ROOT / "train.py")) + 1:]))
     finally:
