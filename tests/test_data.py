@@ -218,7 +218,7 @@ def test_a_large_file_is_not_kept_in_memory_and_no_worker_copies_it(tmp_path):
     data.store.save(data.cache)
     data = opened(tmp_path / "d.json", data.language)
     assert isinstance(data.cache, np.ndarray) and data.places.base is not None      # no list of objects
-    assert grows_by(lambda: all(data.row(i) for i in range(len(data)))) < 6e6      # Python itself, 3 MB
+    assert grows_by(lambda: all(data.row(i) for i in range(len(data)))) < 10e6     # Python: 3 to 7 MB
     assert grows_by(lambda: all(str(row) for row in rows)) > 12e6   # reading an object writes its count
     assert len(pickle.dumps(data)) < 2e6                            # what a worker gets that is not forked
 
