@@ -143,9 +143,10 @@ class VLM(nn.Module):
             block.forward = partial(recompute, block.forward, use_reentrant=False)
 
     def use_compile(self):
-        """One graph for all of the LLM's blocks, which are alike, and for all lengths of a batch."""
-        for block in blocks(self.llm.base_model):
-            block.compile(dynamic=True)
+        """One graph for all blocks of a transformer, which are alike, and for all lengths of a batch."""
+        for transformer in (self.llm.base_model, *self.vision.models):
+            for block in blocks(transformer):
+                block.compile(dynamic=True)
 
     def embed(self, input_ids, pixel_values, patches_at=None):  # (B, T), one (N, C, H, W) per model, (N P,)
         """Token embeddings with the projected patches in their places -> (B, T, D)."""

@@ -48,6 +48,7 @@ def find_device():
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False                 # else cuDNN rounds fp32 pictures to 10 bits
     # LOCAL_RANK counts the ranks of one machine: it names the GPU. `set_device_index` makes it the one that
     # "cuda" means. Without it eight processes would all put their first tensors on GPU 0, until it is full.
     device = torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))

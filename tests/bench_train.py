@@ -41,12 +41,13 @@ STEPS, PICTURES = 16, 64
 #         vision (width, layers, heads, MLP, picture size),
 #         LLM (width, layers, heads, key heads, MLP, vocabulary). The small ones keep the proportions:
 #         a vision model as large as the LLM's layers, and a vocabulary of a quarter of the LLM.
-SIZES = {"8M": (4, 16, 8, (256, 6, 4, 1024, 112), (256, 8, 4, 4, 704, 8192)),
+SIZES = {"1M": (8, 8, 4, (64, 2, 2, 128, 56), (64, 2, 4, 4, 128, 1024)),       # to try the script itself
+         "8M": (4, 16, 8, (256, 6, 4, 1024, 112), (256, 8, 4, 4, 704, 8192)),
          "34M": (4, 8, 8, (512, 6, 8, 2048, 112), (512, 8, 8, 8, 1408, 16384)),
          # SigLIP so400m, and Qwen2.5
          "0.5B": (1, 128, 16, (1152, 27, 16, 4304, 224), (896, 24, 14, 2, 4864, 151936)),
-         "1.5B": (1, 128, 16, (1152, 27, 16, 4304, 224), (1536, 28, 12, 2, 8960, 151936))}
-WORKERS = {"8M": 1, "34M": 1, "0.5B": 8, "1.5B": 8}
+         "1.5B": (1, 128, 4, (1152, 27, 16, 4304, 224), (1536, 28, 12, 2, 8960, 151936))}
+WORKERS = {"1M": 1, "8M": 1, "34M": 1, "0.5B": 8, "1.5B": 8}
 COLUMNS = ("ours", "trainer", "grouped")
 
 
@@ -116,6 +117,10 @@ def write_examples(folder, rng, shorter, patches, words, texts):
 
 # -- ours ----------------------------------------------------------------------------------------------------
 
+def micro_batch(args):
+    return args.micro_batch or SIZES[args.size][2]
+
+
 def our_config(args):
     from config import Config
     from presets import PRESETS
@@ -123,9 +128,9 @@ def our_config(args):
     return Config(stage=args.stage, no_align=args.stage == "finetune", vision_backbone=f"{folder}/vision",
                   llm_backbone=f"{folder}/llm", prompt="plain", train_json=f"{folder}/{args.stage}.json",
                   image_dir=f"{folder}/images", run_root=f"{folder}/runs", overwrite=True,
-                  global_batch_size=SIZES[args.size][1], per_device_batch_size=SIZES[args.size][2],
+                  global_batch_size=SIZES[args.size][1], per_device_batch_size=micro_batch(args),
                   epochs=args.epochs, save_every=10 ** 6, num_workers=WORKERS[args.size], learning_rate=1e-4,
-                  weight_decay=0.1, precision=args.precision,
+                  weight_decay=0.1, precision=args.precision, forecast=False, compile=args.compile,
                   length_window=PRESETS["single-gpu"][args.stage].get("length_window", 64))
 
 
@@ -149,8 +154,12 @@ def run_ours(args):
     train.main(cfg)
     steps = [json.loads(line) for line in (cfg.run_folder / "metrics.jsonl").read_text().splitlines()]
     real = [round(step["positions"] * (1 - step["padding"])) for step in steps]
-    waits = [step["data_wait"] * n / step["tokens_per_second"] for step, n in zip(steps, real)]
-    report(args, stamps[:len(steps) + 1], real, [step["positions"] for step in steps], waits)
+    seconds = [n / step["tokens_per_second"] for step, n in zip(steps, real)]
+    waits = [step["data_wait"] * each for step, each in zip(steps, seconds)]
+    mfu = [(step["mfu"] or 0) * each for step, each in zip(steps, seconds)]
+    last = len(steps) // args.epochs
+    report(args, stamps[:len(steps) + 1], real, [step["positions"] for step in steps], waits,
+           mfu=sum(mfu[-last:]) / sum(seconds[-last:]))
 
 
 # -- the peer ------------------------------------------------------------------------------------------------
@@ -243,7 +252,7 @@ def their_model(args, frozen):
 def run_theirs(args):
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
-    _, batch, micro, *_ = SIZES[args.size]
+    batch, micro = SIZES[args.size][1], micro_batch(args)
     waits, stamps, real, positions = [], [], [], []
 
     class Timed(Trainer):
@@ -309,7 +318,7 @@ def clocks():
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def report(args, stamps, real, positions, waits):
+def report(args, stamps, real, positions, waits, **more):
     """stamps (S + 1, 2): when each of the S steps began, and the last one ended. The last epoch counts."""
     import torch
     assert len(stamps) == len(real) + 1, (len(stamps), len(real))
@@ -319,13 +328,14 @@ def report(args, stamps, real, positions, waits):
     memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available()
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     result = {"tokens/s": real / seconds, "per CPU s": real / cpu, "padding": 1 - real / positions,
-              "memory": memory / 2 ** 30, "data wait": sum(waits[-last:][1:]) / seconds}
+              "memory": memory / 2 ** 30, "data wait": sum(waits[-last:][1:]) / seconds, **more}
     print("RESULT " + json.dumps(result), flush=True)
 
 
 def run_child(args, child, stage, size, folder):
     command = [sys.executable, __file__, "--child", child, "--stage", stage, "--size", size,
-               "--folder", str(folder), "--epochs", str(args.epochs), "--precision", args.precision]
+               "--folder", str(folder), "--epochs", str(args.epochs), "--precision", args.precision,
+               "--micro_batch", str(args.micro_batch), *["--compile"] * args.compile]
     done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
     if "OutOfMemoryError" in done.stderr:
         return ""
@@ -333,13 +343,18 @@ def run_child(args, child, stage, size, folder):
     return done.stdout
 
 
+def result(args, child, stage, size, folder):
+    """One run -> what it reported of itself; None if it ran out of memory."""
+    lines = run_child(args, child, stage, size, folder).splitlines()
+    return next((json.loads(text[7:]) for text in lines if text.startswith("RESULT ")), None)
+
+
 def compare(args, size, stage, folder):
     print(run_child(args, "check", stage, size, folder), end="", flush=True)
     results = {column: [] for column in COLUMNS if column != "grouped" or stage == "finetune"}
     for _ in range(args.rounds):
         for column, mine in results.items():
-            lines = run_child(args, column, stage, size, folder).splitlines()
-            mine += [json.loads(text[7:]) for text in lines if text.startswith("RESULT ")]
+            mine += filter(None, [result(args, column, stage, size, folder)])
     for column in [column for column, runs in results.items() if len(runs) < args.rounds]:
         print(f"{size:>5} {stage:<9}{column:<8}  out of memory", flush=True)
         del results[column]
@@ -374,6 +389,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn")
     parser.add_argument("--epochs", type=int, default=1, help="the last one is timed; take 2 on a GPU")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    parser.add_argument("--micro_batch", type=int, default=0, help="examples; 0 = as the size has it")
+    parser.add_argument("--compile", action="store_true", help="ours with --compile")
     parser.add_argument("--child", choices=[*COLUMNS, "check"], help=argparse.SUPPRESS)     # one run, here
     for name in ("--stage", "--size", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
