@@ -47,7 +47,7 @@ class CheckConfig:
 
 
 if __name__ == "__main__":
-    cfg = parse(CheckConfig, description="Check a data file.", positional="file")
+    cfg = parse(CheckConfig, description="Check a data file.", positional=("file",))
 
 import numpy as np
 from tqdm import tqdm

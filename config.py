@@ -254,10 +254,10 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def make_parser(cls, description=None, positional=None):
-    """One flag for each field. `positional`: a field that is given without its name."""
+def make_parser(cls, description=None, positional=()):
+    """One flag for each field. `positional`: fields that are given without their names, in this order."""
     parser = Parser(allow_abbrev=False, description=description,
-                    usage=f"%(prog)s {'FILE ' * bool(positional)}[flags]")
+                    usage=" ".join(("%(prog)s", *map(str.upper, positional), "[flags]")))
     kinds = get_type_hints(cls)
     for f in fields(cls):
         kind, shown = kinds[f.name], "" if f.default == "" else " (default: %(default)s)"
@@ -270,14 +270,14 @@ def make_parser(cls, description=None, positional=None):
             options["choices"] = get_args(kind)
         else:
             options.update(type=kind, metavar=kind.__name__)
-        if f.name == positional:
+        if f.name in positional:
             parser.add_argument(f.name, nargs="?", **options)
         else:
             parser.add_argument(f"--{f.name.rstrip('_')}", dest=f.name, **options)      # `from` is Python's
     return parser
 
 
-def parse(cls, argv=None, description=None, positional=None):
+def parse(cls, argv=None, description=None, positional=()):
     """Command line -> `cls`. Bad flags end the program with one line, as argparse does."""
     parser = make_parser(cls, description, positional)
     try:

@@ -68,6 +68,6 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    cfg = parse(StepsConfig, description=__doc__.split("\n\n")[0], positional="source")
+    cfg = parse(StepsConfig, description=__doc__.split("\n\n")[0], positional=("source",))
     import ranks                                            # behind the flags: it imports torch
     ranks.run(main, cfg)
