@@ -132,7 +132,8 @@ def invert_gripper(convention, place, actions):
 
 
 class Writer:
-    """Episodes and their pictures -> files of `folder`. `steps` and `cameras` are for the progress bar."""
+    """Episodes and their pictures -> files of `folder`. steps: of all episodes, for the progress bar; 0 = the
+    format does not say."""
 
     def __init__(self, folder, cfg, cameras, steps):
         self.folder, self.cfg, self.cameras = Path(folder), cfg, cameras
@@ -141,11 +142,15 @@ class Writer:
             short = [str(i) for i in range(len(cameras))]
         self.short = dict(zip(cameras, short if len(cameras) > 1 else [""]))
         self.files, self.counts, self.of_task, self.sizes = {}, Counter(), Counter(), None
-        self.bar = tqdm(total=steps * len(cameras), desc="pictures", unit_scale=True, disable=None)
+        self.bar = tqdm(total=steps * len(cameras) or None, desc="pictures", unit_scale=True, disable=None)
 
     def name(self, episode, camera, step, ending=""):
         """Where the picture lies, from OUT/images on."""
         return str(Path(f"{episode:06d}", self.short[camera], f"{step:06d}{ending or self.ending}"))
+
+    def expect(self, done, episodes):
+        """For the progress bar: so many of so many episodes are done, so there will be about ... pictures."""
+        self.bar.total = self.bar.n * episodes // done
 
     @property
     def ending(self):
@@ -247,7 +252,7 @@ class Writer:
 
 
 def convert(cfg, read):
-    """`read(cfg)` -> cameras, number of steps, and a function that writes all episodes into a Writer."""
+    """`read(cfg)` -> cameras, number of steps (0 = unknown), a function that gives the episodes to a Writer."""
     check_free(cfg.out)
     cameras, steps, write = read(cfg)
     with appearing(cfg.out) as folder:
