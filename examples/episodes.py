@@ -252,7 +252,7 @@ class Writer:
 
 
 def convert(cfg, read):
-    """`read(cfg)` -> cameras, number of steps (0 = unknown), a function that gives the episodes to a Writer."""
+    """`read(cfg)` -> cameras, number of steps (0 = unknown), a function that hands a Writer all episodes."""
     check_free(cfg.out)
     cameras, steps, write = read(cfg)
     with appearing(cfg.out) as folder:
