@@ -248,6 +248,9 @@ class Writer:
         print(f"a step   action of {self.sizes[0]} numbers, "
               + (f"state of {self.sizes[1]}" if len(self.sizes) > 1 else "no state")
               + f", pictures in this order: {', '.join(self.cameras)}")
+        if self.cfg.gripper != "as_it_is":
+            print(f"gripper  1 open, 0 close: as it needs no units, train with --keep_dimensions "
+                  f"{self.sizes[0] - 1}")
         print(f"next     python check.py {out / 'train.json'} --image_dir {out / 'images'} --stage vla")
 
 

@@ -153,7 +153,8 @@ def read(cfg):
     if unused:
         print(f"not used {', '.join(unused)}")
     if demos[0].shift:
-        print("pictures and states are those of the row before: stored is what was seen after an action")
+        print("pictures and states are those of the row before: stored is what was seen after an action"
+              + (". LIBERO's are upside down: --turn 180 makes them upright" if cfg.turn == "0" else ""))
 
     def write(writer):
         for file, group in itertools.groupby(enumerate(demos), key=lambda each: each[1].file):

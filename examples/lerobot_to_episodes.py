@@ -86,7 +86,7 @@ class DataSet:
     def path(self, kind, **places):
         """A file, by the template of info.json. Raises UserError where it would lie outside of the folder."""
         template = self.templates[kind]
-        bare = re.sub(r"\{\w+(:0?\dd)?\}", "", template)
+        bare = re.sub(r"\{\w+(:\d{1,2}d?)?\}", "", template)
         relative = Path(template.format(**places) if "{" not in bare and "}" not in bare else "..")
         if relative.is_absolute() or ".." in relative.parts:
             raise UserError(f"{self.root}/meta/info.json: {kind}_path {template!r} names no file in it")
@@ -242,6 +242,7 @@ def write_rows(data, cfg, writer, keys):
     for path, episodes in files.items():
         places = [key for key in PLACES if key != "timestamp" or key in data.features]
         columns = read_columns(path, dict.fromkeys([*places, *keys["action"], *keys["state"]]))
+        columns |= {key: columns[key].ravel() for key in places}        # some store [3] instead of 3
         checked = list(rows_by_episode(data, path, episodes, columns))
         endings = write_stills(path, writer, keys["image"])
         for episode, rows, text in checked:

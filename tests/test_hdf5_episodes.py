@@ -77,7 +77,9 @@ def test_liberos_pictures_are_those_of_the_row_before(tmp_path, capsys, text):
             assert step["state"] == [i / 4] * 8
             assert [red_and_top_green(out, name) for name in step["image"]] == [[i, 15], [i + 100, 15]]
     assert episodes[1]["steps"][68]["image"][1] == "000001/eye_in_hand_rgb/000068.png"
-    assert "those of the row before" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "those of the row before" in printed and "upside down" not in printed
+    assert "train with --keep_dimensions 2" in printed
 
 
 def test_robomimics_pictures_are_those_of_their_action(tmp_path, capsys):

@@ -418,6 +418,30 @@ def test_a_bad_picture_in_the_rows_is_named(tmp_path, change, message):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError])
+def test_whatever_happens_on_the_way_leaves_nothing(tmp_path, monkeypatch, error):
+    source, save, saved = write_v3(tmp_path / "set"), Image.Image.save, []
+
+    def fail_late(image, *args, **options):
+        saved.append(image)
+        if len(saved) == 30:
+            raise error
+        save(image, *args, **options)
+    monkeypatch.setattr(Image.Image, "save", fail_late)
+    with pytest.raises((UserError, KeyboardInterrupt)) as e:
+        converted(source, tmp_path / "deep/out")
+    assert e.type is KeyboardInterrupt or "No space left" in str(e.value) or "MemoryError" in str(e.value)
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_an_existing_folder_is_never_touched(tmp_path):
+    source, out = write_v3(tmp_path / "set"), tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match="out exists. Move it away"):
+        converted(source, out)
+    assert list(out.iterdir()) == []
+
+
 # -- the command --
 
 def command(*args):
