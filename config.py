@@ -271,7 +271,7 @@ def make_parser(cls, description=None, positional=()):
         else:
             options.update(type=kind, metavar=kind.__name__)
         if f.name in positional:
-            parser.add_argument(f.name, nargs="?", **options)
+            parser.add_argument(f.name, nargs="?", **options | {"metavar": f.name.upper()})
         else:
             parser.add_argument(f"--{f.name.rstrip('_')}", dest=f.name, **options)      # `from` is Python's
     return parser

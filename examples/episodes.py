@@ -48,7 +48,7 @@ class ConversionConfig:
     turn: Literal["0", "180"] = knob("0", "turn each picture; LIBERO's HDF5 files hold them upside down",
                                      "degrees")
     jpeg: int = knob(0, "quality of JPEG files, 1 to 95, for pictures that are not stored as files yet: "
-                        "about a tenth of the room; 0 = PNG files, which are exact")
+                        "less than half of the room; 0 = PNG files, which are exact")
     val_every: int = knob(0, "10 = each tenth episode of each task goes to val.json; 0 = all are to train on")
 
     def __post_init__(self):
