@@ -95,14 +95,21 @@ def check_free(out):
 
 
 def pick(asked, known, what):
-    """A comma-separated flag -> its names, each of which must be known; an empty flag -> []."""
+    """A comma-separated flag -> its names, each of which must be known; an empty flag -> []. The last part of
+    a name is enough where only one has it: top for observation.images.top."""
     names = [name.strip() for name in asked.split(",") if name.strip()]
-    for name in names:
+    for i, name in enumerate(names):
+        ending_so = [one for one in known if last_part(one) == name]
+        names[i] = name = ending_so[0] if len(ending_so) == 1 and name not in known else name
         if name not in known:
             raise UserError(f"there is no {what} {name!r} here. There are: {', '.join(known) or 'none'}")
     if len(set(names)) < len(names):
         raise UserError(f"a {what} is named twice: {asked}")
     return names
+
+
+def last_part(name):
+    return re.split(r"[./]", name)[-1]
 
 
 def chosen(asked, usual, known, what):
@@ -137,7 +144,7 @@ class Writer:
 
     def __init__(self, folder, cfg, cameras, steps):
         self.folder, self.cfg, self.cameras = Path(folder), cfg, cameras
-        short = [re.sub(r"[^\w-]+", "_", re.split(r"[./]", name)[-1])[:80] for name in cameras]
+        short = [re.sub(r"[^\w-]+", "_", last_part(name))[:80] for name in cameras]
         if len(set(short)) < len(short):
             short = [str(i) for i in range(len(cameras))]
         self.short = dict(zip(cameras, short if len(cameras) > 1 else [""]))

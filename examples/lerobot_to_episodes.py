@@ -2,7 +2,7 @@
 
     pip install pyarrow av
     python examples/lerobot_to_episodes.py DATASET OUT
-    python examples/lerobot_to_episodes.py DATASET OUT --cameras observation.images.top,observation.images.arm
+    python examples/lerobot_to_episodes.py DATASET OUT --cameras top,wrist
 
 LeRobot itself is not needed. DATASET is the folder that holds meta/info.json. It names the features; cameras
 are those of type "video" or "image". Where the rows and the pictures of an episode lie:
@@ -112,7 +112,11 @@ class DataSet:
                              file_index=of["file_index"])
             # Timestamps are sums of float seconds: 14.399999999999999 s at 10 fps is frame 144, not 143.
             videos[key] = file, round(of["from_timestamp"] * self.fps), round(of["to_timestamp"] * self.fps)
-        return Episode(int(row["episode_index"]), int(row["length"]), row.get("tasks") or [], data, videos)
+        index, length = int(row["episode_index"]), int(row["length"])
+        if row.get("dataset_to_index", length) - row.get("dataset_from_index", 0) != length:
+            raise UserError(f"{self.root}/meta/episodes: episode {index} has {length} steps, but its rows "
+                            f"are {row['dataset_from_index']} to {row['dataset_to_index']}")
+        return Episode(index, length, row.get("tasks") or [], data, videos)
 
     def _episodes_of_v2(self):
         file = self.root / "meta/episodes.jsonl"

@@ -1,8 +1,7 @@
 """From an RLDS data set (Open X-Embodiment, LIBERO for OpenVLA) to episodes, the form `--stage vla` reads.
 
     python examples/rlds_to_episodes.py DATASET OUT
-    python examples/rlds_to_episodes.py DATASET OUT --cameras observation/image,observation/wrist_image \\
-        --gripper libero --split train
+    python examples/rlds_to_episodes.py DATASET OUT --cameras image,wrist_image --gripper libero
 
 Neither TensorFlow nor TFDS is needed. DATASET is the folder that holds dataset_info.json and features.json.
 Its files (shards) are TFRecords, that is, records one after the other:

@@ -118,6 +118,7 @@ def write_v3(folder, codec="mpeg4", videos=VIDEOS, change=lambda made: None):
                                    for camera, files in videos.items() for i, file in enumerate(files)})
     for e, length in enumerate(LENGTHS):
         about = {"episode_index": e, "tasks": [TEXTS[e % 2]], "length": length, "stats/action/min": [0.0],
+                 "dataset_from_index": sum(LENGTHS[:e]), "dataset_to_index": sum(LENGTHS[:e + 1]),
                  "data/chunk_index": 0, "data/file_index": next(i for i, f in enumerate(DATA) if e in f)}
         for camera, files in videos.items():
             i = next(i for i, file in enumerate(files) if e in file)
@@ -224,7 +225,7 @@ def test_the_cameras_and_their_order_are_a_flag(tmp_path, capsys):
     assert_each_picture_is_its_actions(tmp_path / "both", both, (0, 1))
     assert sorted(both, key=lambda e: e["id"])[0]["steps"][3]["image"] == [
         "000000/top/000003.png", "000000/hand/000003.png"]
-    hand = converted(source, tmp_path / "hand", cameras=HAND)
+    hand = converted(source, tmp_path / "hand", cameras="hand")             # the last part is enough
     assert_each_picture_is_its_actions(tmp_path / "hand", hand, (1,))
     shown_text = capsys.readouterr().out
     assert "not used observation.depth, language_events, observation.images.far" in shown_text
@@ -344,6 +345,8 @@ def rename_task(made):
      "column 'action': rows have different numbers of values"),
     (lambda made: of(made, 2, 4).update(action=None), "column 'action': a value is missing"),
     (lambda made: of(made, 2, 4)["action"].__setitem__(0, None), "column 'action': a value is missing"),
+    (lambda made: made.episodes[1].update(dataset_to_index=18),
+     "episode 1 has 12 steps, but its rows are 7 to 18"),
     (lambda made: made.episodes.pop(), "total_episodes is 5, but the episodes in meta/ make 4"),
     (lambda made: made.episodes.append(made.episodes[0]),
      "total_episodes is 5, but the episodes in meta/ make 6"),
