@@ -187,6 +187,9 @@ class DataSet:
             whole = json.loads(file.read_text(encoding="utf-8"))
             step = whole["featuresDict"]["features"]["steps"]["sequence"]["feature"]
             self.features = dict(leaves(step))
+            self._sort_features()
+
+    def _sort_features(self):
         self.cameras, self.numbers, self.texts = [], {}, []
         for name, about in self.features.items():
             tensor, image = about.get("tensor"), about.get("image")

@@ -250,6 +250,15 @@ def test_what_can_not_be_read_is_said(tmp_path, info, flags, message):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+@pytest.mark.parametrize("old, new", [
+    ('"dtype"', '"type"'), ('"dimensions"', '"d"'), ("steps", "step"), ("{", "[")])
+def test_features_that_are_damaged_are_named(tmp_path, old, new):
+    file = write_set(tmp_path / "set") / "features.json"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError, match="features.json can't be read|there is no|has no camera"):
+        converted(tmp_path / "set", tmp_path / "out")
+
+
 def test_no_data_set_or_two(tmp_path):
     with pytest.raises(UserError, match="must hold one dataset_info.json, found none"):
         converted(tmp_path, tmp_path / "out")
