@@ -1,8 +1,11 @@
 """Shared building blocks: small tokenizers of five kinds, tiny backbones, examples. Nothing is downloaded."""
 import functools
 import json
+import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,3 +207,12 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def language(kind="gpt2", prompt="plain", add_bos=None, place="first"):
     return Language(make_tokenizer(kind, add_bos, chat=prompt == "chatml"), PROMPTS[prompt], place=place)
+
+
+def converter(kind, *args, without):
+    """A converter of examples/ as a user types it, where the packages named `without` can't be imported."""
+    blocked = (f"import runpy, sys; sys.modules.update(dict.fromkeys({without!r})); "
+               f"sys.argv = {[f'examples/{kind}_to_episodes.py', *map(str, args)]!r}; "
+               "runpy.run_path(sys.argv[0], run_name='__main__')")
+    return subprocess.run([sys.executable, "-c", blocked], cwd=Path(__file__).resolve().parent.parent,
+                          capture_output=True, text=True)

@@ -9,6 +9,7 @@ from PIL import Image
 from config import UserError
 from examples.episodes import convert
 from examples.hdf5_to_episodes import Hdf5Config, read
+from helpers import converter
 
 h5py = pytest.importorskip("h5py")
 LENGTHS = {"demo_10": 4, "demo_2": 70, "demo_1": 5}         # in alphabetical order 1, 10, 2
@@ -168,6 +169,17 @@ def test_a_file_that_was_cut_is_named(tmp_path, keep):
     with pytest.raises(UserError, match="a.hdf5 can't be read"):
         converted(tmp_path / "set", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_the_command_needs_no_torch(tmp_path):
+    libero(tmp_path / "set/a.hdf5")
+    args = tmp_path / "set", tmp_path / "out", "--turn", "180"
+    result = converter("hdf5", *args, without=("torch", "tensorflow"))
+    assert result.returncode == 0 and "out/train.json: 3 episodes, 76 steps" in result.stdout, result.stderr
+    again = converter("hdf5", *args, without=("torch", "tensorflow", "h5py"))
+    assert again.returncode == 1 and "out exists. Move it away" in again.stderr
+    other = converter("hdf5", tmp_path / "set", tmp_path / "other", without=("torch", "h5py"))
+    assert other.returncode == 1 and "the package h5py is missing" in other.stderr
 
 
 def test_no_file(tmp_path):

@@ -3,8 +3,6 @@ black or white stripes that survive any codec, and this number is also the first
 """
 import io
 import json
-import subprocess
-import sys
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -15,7 +13,7 @@ from PIL import Image
 from config import UserError
 from examples.episodes import ConversionConfig, convert
 from examples.lerobot_to_episodes import read
-from test_train import ROOT
+from helpers import converter
 
 av = pytest.importorskip("av")
 pa = pytest.importorskip("pyarrow")
@@ -448,11 +446,7 @@ def test_an_existing_folder_is_never_touched(tmp_path):
 # -- the command --
 
 def command(*args):
-    """As a user types it, where neither torch nor LeRobot nor TensorFlow can be imported."""
-    blocked = ("import runpy, sys; sys.modules.update(torch=None, lerobot=None, tensorflow=None); "
-               f"sys.argv = {['examples/lerobot_to_episodes.py', *map(str, args)]!r}; "
-               "runpy.run_path(sys.argv[0], run_name='__main__')")
-    return subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
+    return converter("lerobot", *args, without=("torch", "lerobot", "tensorflow"))
 
 
 def test_the_command_needs_no_torch_and_says_what_comes_next(tmp_path):

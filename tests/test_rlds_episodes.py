@@ -11,6 +11,7 @@ from PIL import Image
 from config import UserError
 from examples.episodes import convert
 from examples.rlds_to_episodes import RldsConfig, crc32c, masked, read
+from helpers import converter
 
 SIZE, BITS = 60, 10
 SHARDS = [[6, 3], [4], [1, 5]]                              # the lengths of their episodes
@@ -266,6 +267,18 @@ def test_no_data_set_or_two(tmp_path):
     write_set(tmp_path / "set/2.0.0")
     with pytest.raises(UserError, match="Give the folder of one version"):
         converted(tmp_path / "set", tmp_path / "out")
+
+
+def test_the_command_needs_numpy_and_pillow_only(tmp_path):
+    packages = ("torch", "tensorflow", "tensorflow_datasets", "google", "pyarrow", "av", "h5py")
+    write_set(tmp_path / "set")
+    result = converter("rlds", tmp_path / "set", tmp_path / "out", without=packages)
+    assert result.returncode == 0 and "out/train.json: 5 episodes, 19 steps" in result.stdout, result.stderr
+    (tmp_path / "set/arm-train.tfrecord-00002-of-00003").unlink()
+    result = converter("rlds", tmp_path / "set", tmp_path / "again", without=packages)
+    assert result.returncode == 1 and "arm-train.tfrecord-00002-of-00003 is missing" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
 
 
 def test_checksums_are_those_of_the_standard():
