@@ -140,7 +140,7 @@ class Config:
     shard: Literal["no", "all", "machine"] = knob(
         "no", "cut weights, gradients and optimizer among all GPUs, or those of each machine (FSDP2): less "
         "memory, more traffic; no: each GPU holds all of it (DDP)")
-    compile: bool = knob(False, "torch.compile all blocks: fewer kernels, a slower first step; a CPU needs g++")
+    compile: bool = knob(False, "torch.compile all blocks: fewer kernels, a slow first step; a CPU needs g++")
     profile: int = knob(
         0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
     forecast: bool = knob(True, "on a GPU: count first what a step takes, and refuse what can't fit")

@@ -144,9 +144,9 @@ class VLM(nn.Module):
 
     def use_compile(self):
         """One graph for all blocks of a transformer, which are alike, and for all lengths of a batch."""
-        for transformer in (self.llm.base_model, *self.vision.models):
-            for block in blocks(transformer):
-                block.compile(dynamic=True)
+        vision = (block for model in self.vision.models for block in blocks(model)[:-1])
+        for block in (*blocks(self.llm.base_model), *vision):
+            block.compile(dynamic=True)
 
     def embed(self, input_ids, pixel_values, patches_at=None):  # (B, T), one (N, C, H, W) per model, (N P,)
         """Token embeddings with the projected patches in their places -> (B, T, D)."""
