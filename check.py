@@ -1,6 +1,7 @@
 """Look at a data file before training on it: what is wrong, how long is it, what will the loss see?
 
     python check.py FILE --image_dir DIR
+    python check.py FILE --image_dir DIR --sheet sheet.png  # pictures as the model gets them, and texts
     python check.py FILE --image_dir DIR --stage vla        # episodes, and the statistics of their actions
 
 Every example is tokenised and every picture opened. Ends with 1 if something is wrong.
@@ -8,6 +9,7 @@ Every example is tokenised and every picture opened. Ends with 1 if something is
 import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from config import BadExample, Config, UserError, check_limits, knob, parse, printable
@@ -21,7 +23,7 @@ def or_empty(name):
 @dataclass(frozen=True)
 class CheckConfig:
     file: str = knob("", "file to check: LLaVA JSON, JSON lines, or episodes")
-    image_dir: str = knob("", "folder that the pictures' paths start from")
+    image_dir: str = knob("", "where the pictures' paths start: a folder, an uncompressed .zip or .tar")
     stage: Literal["align", "finetune", "vla"] = knob(
         "finetune", "align drops the human turns; vla reads episodes")
     preset: str = knob("toy", "takes the model's flags from this preset")
@@ -32,10 +34,13 @@ class CheckConfig:
     picture_place: or_empty("picture_place") = knob("", "as in train.py; empty = the preset's")
     max_length: int = knob(2048, "as in train.py")
     show_errors: int = knob(20, "errors to print; all are counted")
+    sheet: str = knob("", "draw 24 examples, spread over the file, into this .png")
 
     def __post_init__(self):
         if not self.file:
             raise UserError("which file? python check.py FILE --image_dir DIR")
+        if self.sheet and not self.sheet.endswith(".png"):
+            raise UserError(f"--sheet {self.sheet}: give a name that ends with .png")
         check_limits(self, {"max_length": (1, 10 ** 7), "show_errors": (0, 10 ** 6)})
         if self.preset not in PRESETS:
             raise UserError(f"--preset {self.preset}: there is none of this name. "
@@ -50,6 +55,7 @@ if __name__ == "__main__":
     cfg = parse(CheckConfig, description="Check a data file.", positional=("file",))
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -90,6 +96,16 @@ def open_file(cfg):
     return data
 
 
+def cell(data, i, example):
+    """Example i for the sheet: its pictures as the first backbone gets them, its first question and reply."""
+    if isinstance(example, BadExample):
+        return [], f"example {i}", str(example), "firebrick"
+    row = data.row(i)
+    asked, reply = (turn["value"] for turn in row["conversations"][:2])
+    pictures = [Image.fromarray(views[0].permute(1, 2, 0).numpy()) for views in example["images"]]
+    return pictures, "" if data.language.captions else asked, reply or str(row["action"]), "darkgreen"
+
+
 def known_positions(llm_backbone):
     config = load(AutoConfig, llm_backbone, "--llm_backbone").get_text_config()
     return getattr(config, "max_position_embeddings", None)
@@ -111,9 +127,12 @@ def check(cfg):
     """Reads every example and every picture, prints what is wrong and what there is.
     Returns the number of errors."""
     data = open_file(cfg)
-    modality, lengths, supervised, errors, samples = Counter(), [], 0, [], []
+    modality, lengths, supervised, errors, samples, cells = Counter(), [], 0, [], [], []
+    drawn = set(np.linspace(0, len(data) - 1, 24).astype(int).tolist() if cfg.sheet else [])
     for i in tqdm(range(len(data)), desc="checking", disable=None):
         example = data[i]
+        if i in drawn:
+            cells.append(cell(data, i, example))
         if isinstance(example, BadExample):
             errors.append(str(example))
             continue
@@ -142,6 +161,9 @@ def check(cfg):
             print(f"wrong: the language model knows {known} positions only. Set --max_length {known}")
     for sample in samples:
         print("sample:", printable(sample))
+    if cells:
+        import sheets
+        sheets.write(cells, Path(cfg.sheet))
     return len(errors)
 
 

@@ -103,7 +103,7 @@ class Config:
     train_json: str = knob(
         "", "training examples: LLaVA JSON, JSON lines, or episodes; several files joined by commas")
     mixture: str = knob("", "how often each file of train_json comes in an epoch, such as 3,1; empty = once")
-    image_dir: str = knob("", "folder that the pictures' paths start from")
+    image_dir: str = knob("", "where the pictures' paths start: a folder, an uncompressed .zip or .tar")
     val_json: str = knob("", "held-out examples, scored when the run ends; empty = no score")
     prepare: str = knob("", "Python script that makes the preset's data; run once if train_json is missing")
     run_id: str = knob("", "name of the run folder; empty = <preset>-<stage>-x<seed>")

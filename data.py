@@ -7,7 +7,6 @@ A file is a JSON list of examples, or one example per line; what an example look
 """
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,53 +15,6 @@ from tqdm import tqdm
 
 from config import BadExample, UserError, printable
 from prompts import IGNORE, assemble, find_places, images_of, to_pieces, tokenize
-
-SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def find_examples(path, count):
-    """LLaVA JSON (a list) or JSON lines -> (n, 3). For each example: where its JSON object begins in the
-    file, where it ends (bytes, the end not included), and the example's number inside that object.
-
-    count: tells how many examples an object holds. Raises UserError with the file and the line.
-    """
-    def wrong(at, what):
-        return UserError(f"{path}, line {text.count(chr(10), 0, at) + 1}: {what}. "
-                         "Expected a JSON list of examples, or one example per line")
-    # One character for each byte: JSON's own signs are ASCII, so what is found is also the place in the file.
-    raw = Path(path).read_bytes()
-    text = raw.decode("latin-1")
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise wrong(e.start, "this is no UTF-8 text") from e
-    at = SPACE.match(text, 3 * text.startswith("\xef\xbb\xbf")).end()               # behind a byte order mark
-    is_list, places, decoder = text.startswith("[", at), [], json.JSONDecoder()
-    at += is_list
-    while (at := SPACE.match(text, at).end()) < len(text) and not (is_list and text[at] == "]"):
-        try:
-            row, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as e:
-            # A number of 5000 digits, brackets without end: no position.
-            raise wrong(getattr(e, "pos", at), f"this is no JSON ({getattr(e, 'msg', e)})") from e
-        if not isinstance(row, dict):
-            raise wrong(at, f"example {len(places)} must be an object with 'conversations', "
-                            f"found {str(row)[:60]!r}")
-        try:
-            places += [(at, end, k) for k in range(count(row))]
-        except BadExample as e:
-            raise wrong(at, str(e)) from None
-        at = SPACE.match(text, end).end()
-        if is_list and text[at:at + 1] not in (",", "]"):
-            raise wrong(at, f"a comma or the end of the list is missing behind example {len(places) - 1}")
-        at += is_list and text[at] == ","
-    if is_list and at == len(text):
-        raise wrong(at, "the list does not end; the file was cut off")
-    if is_list and (at := SPACE.match(text, at + 1).end()) < len(text):
-        raise wrong(at, "there is more behind the end of the list")
-    if not places:
-        raise UserError(f"{path} holds no example")
-    return np.array(places, np.int64)
 
 
 class Conversations(torch.utils.data.Dataset):
@@ -83,6 +35,7 @@ class Conversations(torch.utils.data.Dataset):
 
     def __init__(self, path, language, pictures, max_length, skip_bad=False):
         import lengths
+        import places
         self.path, self.language, self.pictures = Path(path), language, pictures
         self.max_length, self.skip_bad = max_length, skip_bad
         if not self.path.is_file():                         # opening a named pipe would wait for ever
@@ -93,7 +46,9 @@ class Conversations(torch.utils.data.Dataset):
         self.name = self.path.parent.name if self.path.stem == "train" else self.path.stem
         self.store = lengths.Store(self)
         self.cache = self.store.load()                      # (n, 5) places, length (0 = bad), has picture
-        self.places = find_examples(path, self.examples_in) if self.cache is None else self.cache[:, :3]
+        # (n, 3) where the JSON object begins and ends [bytes], which of the object's examples it is
+        self.places = (places.find_examples(path, self.examples_in) if self.cache is None
+                       else self.cache[:, :3])
 
     @staticmethod
     def examples_in(row):
@@ -219,7 +174,7 @@ class Conversations(torch.utils.data.Dataset):
         counted, chunk = np.zeros((len(self), 2), np.int64) if rows is None else rows[:, 3:].copy(), 1000
         for start in tqdm(range(done, len(self), chunk), desc="counting tokens", unit_scale=chunk,
                           disable=len(self) < 10000):
-            self.store.save_counting(np.column_stack([self.places, counted]), start)
+            self.store.save_counting(self.places, counted, start)
             indices, pieces = range(start, min(start + chunk, len(self))), []
             for i in indices:
                 try:

@@ -22,7 +22,7 @@ from config import BadExample, UserError, check_limits, knob, parse, printable
 class EvaluateConfig:
     ckpt: str = knob("", "run folder or step folder")
     json: str = knob("", "examples with answers: LLaVA JSON or JSON lines")
-    image_dir: str = knob("", "folder that the pictures' paths start from")
+    image_dir: str = knob("", "where the pictures' paths start: a folder, an uncompressed .zip or .tar")
     out: str = knob(
         "", "where the scores go; empty = scores.json in the run folder. A picture of the same name is drawn "
         "beside it")
@@ -48,11 +48,12 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import ranks
+import sheets
 from checkpoint import unused_name, write_text
 from errors import check_writable
 from generate import Assistant
@@ -154,46 +155,27 @@ def print_table(scores):
         print(f"{kind:<16} {row['accuracy']:7.1%}   of {row['count']}")
 
 
-def contact_sheet(results, data, path, columns=6, rows=4, size=160, blank_images=False):
+def contact_sheet(results, data, path, blank_images=False):
     """Pictures with question, expected answer and given answer; green is right, red is wrong.
     Spread over the types."""
+    sheets.write([cell(result, data, blank_images) for result in spread(results)[:sheets.CELLS]], path)
+
+
+def spread(results):
+    """One of each type, then the next of each type, and so on."""
     by_type = {}
     for result in results:
         by_type.setdefault(result["type"], []).append(result)
     longest = max(len(group) for group in by_type.values())
-    mixed = [group[i] for i in range(longest) for group in by_type.values()
-             if i < len(group)][:columns * rows]
-    font, height = ImageFont.load_default(11), size + 90
-    sheet = Image.new("RGB", (columns * (size + 12), -(-len(mixed) // columns) * height), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for place, result in enumerate(mixed):
-        x, y = place % columns * (size + 12) + 6, place // columns * height + 6
-        names = images_of(data.row(result["index"]))
-        for k, name in enumerate(names):
-            picture = read_image(data.pictures.path(name))
-            picture = Image.new("RGB", picture.size) if blank_images else picture
-            picture = ImageOps.contain(picture, (size // len(names) - 2, size))
-            sheet.paste(picture, (x + k * size // len(names), y))
-        color = "darkgreen" if result["right"] else "firebrick"
-        given = result["answer"] + ("" if result["right"] else f"\n(expected: {result['expected']})")
-        answer = [line for text in given.split("\n") for line in wrap(text, font, size)][:4]
-        question = wrap(result["question"].replace("<image>", ""), font, size)[
-            :(6 if names else 18) - len(answer)]
-        y_text = y + (size if names else 4) + 2
-        for i, line in enumerate(question + answer):
-            canvas.text((x, y_text + 13 * i), line, fill="black" if i < len(question) else color, font=font)
-    sheet.save(path)
+    return [group[i] for i in range(longest) for group in by_type.values() if i < len(group)]
 
 
-def wrap(text, font, width):
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
+def cell(result, data, blank_images):
+    pictures = [read_image(data.pictures.path(name)) for name in images_of(data.row(result["index"]))]
+    if blank_images:
+        pictures = [Image.new("RGB", picture.size) for picture in pictures]
+    answer = result["answer"] + ("" if result["right"] else f"\n(expected: {result['expected']})")
+    return pictures, result["question"], answer, "darkgreen" if result["right"] else "firebrick"
 
 
 def open_loop(assistant, data, cfg):
@@ -228,20 +210,6 @@ def write_scores(scores, out):
     print(f"scores   {out}")
 
 
-def draw(results, data, path, cfg):
-    if path.exists() and not is_png(path):
-        print(f"{path} is no picture, so no sheet is drawn over it")
-        return
-    unfinished = unused_name(path.with_name(f"{path.stem}.unfinished.png"))
-    contact_sheet(results, data, unfinished, blank_images=cfg.blank_images)
-    unfinished.replace(path)
-    print(f"pictures {path}")
-
-
-def is_png(path):
-    return path.is_file() and not path.is_symlink() and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
 def main(cfg):
     device, _ = ranks.start()
     rank, assistant = dist.get_rank(), Assistant(cfg.ckpt, device)
@@ -249,7 +217,8 @@ def main(cfg):
     if rank == 0:
         check_writable(out, [cfg.json])
     ranks.barrier()
-    data = assistant.dataset(cfg.json, cfg.image_dir)
+    with ranks.rank_zero_first():                           # it may make the list of an archive's pictures
+        data = assistant.dataset(cfg.json, cfg.image_dir)
     if assistant.policy:
         scores, unread = open_loop(assistant, data, cfg)
         results = scores["count"]
@@ -263,7 +232,7 @@ def main(cfg):
             scores = summary(results)
             print_table(scores)
             write_scores(scores | {"answers": results}, out)
-            draw(results, data, out.with_name(f"{out.stem}.png"), cfg)
+            contact_sheet(results, data, out.with_name(f"{out.stem}.png"), cfg.blank_images)
         so_far.unlink()
     if unread or not results:
         raise UserError(f"{cfg.json}: {len(unread)} examples could not be scored and were left out"

@@ -18,13 +18,17 @@ from config import BadExample, UserError, printable
 class Pictures:
     """Reads the pictures of an example: (3, size, size) uint8 tensors, one for each vision backbone.
 
-    image_dir:  folder that the pictures' names start from; names that lead out of it are refused.
+    image_dir:  where names start: a folder, an uncompressed .zip or .tar. Names that lead out are refused.
     transforms: one ImageTransform for each backbone.
     augment:    changes a picture at random, (picture, rng) -> picture, in each epoch in another way.
     """
 
     def __init__(self, image_dir, transforms, augment=None, seed=0):
         self.image_dir, self.transforms, self.augment, self.seed = Path(image_dir), transforms, augment, seed
+        self.archive = None
+        if self.image_dir.is_file():
+            import archives
+            self.archive = archives.Archive(self.image_dir)
         # In shared memory: data workers live longer than an epoch and must learn of the next one.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -47,6 +51,9 @@ class Pictures:
         return [transform.resized(picture) for transform in self.transforms]
 
     def path(self, name):
+        """Where a picture lies, for read_image: a path, or an open file in an archive. Raises BadExample."""
+        if self.archive is not None:
+            return self.archive.open(name)
         path = self.image_dir / name
         try:
             inside = path.resolve().is_relative_to(self.image_dir.resolve())
@@ -72,8 +79,8 @@ def read_image(path):
     Of an animation, the first frame. Raises BadExample where the file is missing or can't be decoded.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():    # opening a named pipe would wait for ever
-            raise IsADirectoryError("this is no file")
+        if not hasattr(path, "read") and Path(path).exists() and not Path(path).is_file():
+            raise IsADirectoryError("this is no file")      # opening a named pipe would wait for ever
         with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode == "F" or (image.mode == "I" and file.format != "PPM"):   # what value is white?
@@ -128,7 +135,8 @@ class ImageTransform:
         short, long = min(width, height), max(width, height)
         between = {"resize-crop": size * size * long // short, "letterbox": long * long}.get(self.resize, 0)
         if between > 2e8:                                   # 1 x 40,000 pixels would take gigabytes
-            raise BadExample(f"a picture of {width} x {height} pixels is too narrow for {self.resize}")
+            raise BadExample(f"a picture of {width} x {height} pixels is too narrow for {self.resize}. Cut "
+                             "its long side, or drop the example; --image_resize resize-naive takes it")
         if self.resize == "resize-crop":
             other = int(size * long / short)
             image = image.resize((size, other) if width < height else (other, size), self.resample)

@@ -44,9 +44,9 @@ class Store:
         """-> rows, how many of them are counted; None if no start was killed while it counted."""
         return read(self.unfinished)
 
-    def save_counting(self, rows, done):
+    def save_counting(self, places, counted, done):
         if time.monotonic() > self.saved + KEEP_EVERY:
-            self.write(self.unfinished, rows, done)
+            self.write(self.unfinished, np.column_stack([places, counted]), done)
             self.saved = time.monotonic()
 
     def write(self, file, rows, done):

@@ -148,14 +148,14 @@ def load_data(cfg, device):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     language = load_language(cfg.llm_backbone, cfg.prompt, cfg.stage == "align", cfg.picture_place)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)
-    pictures = Pictures(cfg.image_dir, transforms)
-    if cfg.augment:
-        import actions
-        pictures.augment, pictures.seed = actions.distort, cfg.seed
-    about, policy = (language, pictures, cfg.max_length), None
     with ranks.rank_zero_first():       # it reads the files and counts all tokens; the others find the counts
         if cfg.prepare and not Path(cfg.train_json).exists():
             subprocess.run([sys.executable, cfg.prepare], check=True)           # draws the toy's data
+        pictures = Pictures(cfg.image_dir, transforms)
+        if cfg.augment:
+            import actions
+            pictures.augment, pictures.seed = actions.distort, cfg.seed
+        about, policy = (language, pictures, cfg.max_length), None
         if cfg.stage == "vla":
             import actions
             policy, files = actions.open_episodes(cfg, language, about)
