@@ -1,11 +1,11 @@
-"""Score a trained model's greedy answers by exact match, and draw some of them.
+"""Score a trained model's greedy answers, and draw some of them.
 
     python evaluate.py --ckpt runs/toy-finetune-x7 --json data/toy/test.json --image_dir data/toy/images
     torchrun --nproc_per_node 8 evaluate.py ...             # each GPU answers every eighth example
 
-The last reply of each conversation is the expected answer; earlier turns are given. Case, outer spaces and
-a final dot do not count. An example's "type" (or "category", as others call it), if it has one, makes a
-row of the table.
+The last reply of each conversation is the expected answer, or the list "answers" of the example is; earlier
+turns are given. --metric says how an answer is compared (scores.py). An example's "type" (or "category", as
+others call it), if it has one, makes a row of the table. Killed, the same command continues (answers.py).
 
 A policy (stage vla) is scored on recorded episodes: how far its actions are from the recorded ones. How often
 it does its task is found out by its world: `python toy/robot.py --ckpt runs/toy-vla-x7 --rollouts 100`.
@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from config import BadExample, UserError, check_limits, knob, parse, printable
 
@@ -26,6 +27,9 @@ class EvaluateConfig:
     out: str = knob(
         "", "where the scores go; empty = scores.json in the run folder. A picture of the same name is drawn "
         "beside it")
+    metric: Literal["exact", "vqa", "anls", "relaxed", "choice"] = knob(
+        "exact", "the same but for case and a final dot; VQA v2's ten people; DocVQA's ANLS; ChartQA's 5 %; "
+        "multiple choice, by letter or text")
     batch_size: int = knob(50, "examples answered at once, on each GPU")
     num_workers: int = knob(2, "processes that read examples, per GPU; 0 = none")
     max_new_tokens: int = knob(64, "longest answer", "tokens")
@@ -33,18 +37,22 @@ class EvaluateConfig:
     unnorm_key: str = knob(
         "", "vla: the dataset whose units the actions are in; needed if the policy knows several")
     blank_images: bool = knob(False, "replace every picture by a black one: does the model look at all?")
+    shuffle_images: bool = knob(
+        False, "ask each question about the pictures of another: does the answer depend on this picture?")
 
     def __post_init__(self):
         if not self.ckpt:
             raise UserError("--ckpt RUN is missing")
         if not self.json:
             raise UserError("--json FILE is missing")
+        if self.blank_images and self.shuffle_images:
+            raise UserError("--blank_images and --shuffle_images exclude each other")
         check_limits(self, {"batch_size": (1, 10 ** 5), "max_new_tokens": (1, 10 ** 5),
                             "max_examples": (0, 10 ** 9), "num_workers": (0, 1000)})
 
 
 if __name__ == "__main__":
-    cfg = parse(EvaluateConfig, description="Score a trained model's greedy answers by exact match.")
+    cfg = parse(EvaluateConfig, description="Score a trained model's greedy answers.")
 
 import numpy as np
 import torch.distributed as dist
@@ -53,16 +61,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import ranks
+import scores
 import sheets
-from checkpoint import unused_name, write_text
+from answers import Answers, fingerprint
+from checkpoint import find, write_text
 from errors import check_writable
 from generate import Assistant
 from images import read_image
 from prompts import images_of
-
-
-def normal(answer):
-    return " ".join(answer.lower().split()).rstrip(".").strip()
 
 
 def blank(example, transforms):
@@ -108,57 +114,105 @@ def of_all_ranks(found):
 
 
 def score(assistant, data, cfg, answers):
-    """-> one dict per example: index, type, question, expected, answer, right; and what could not be scored.
+    """-> one dict per example: index, type, question, expected, answer, score, right (at least a half); and
+    what could not be scored.
 
-    Each result is written into the file `answers` as it comes: nobody wants to lose hours of work to the last
-    picture. An example that can't be read is left out, and named at the end.
+    answers: each is written there as it comes, and those of an earlier start are taken from there. An example
+    that can't be read is left out, and named at the end.
     """
+    indices = indices_of(assistant, data, cfg)
+    shown = other_pictures(data, indices) if cfg.shuffle_images else {}
+    unread, given = [], {i: answers.known[i] for i in indices[dist.get_rank()::dist.get_world_size()]
+                         if i in answers.known}
+    ask = partial(question, data, cfg.metric, shown)
+    for batch in batches(ask, [i for i in indices if i not in answers.known], assistant, cfg, unread):
+        for (i, _), answer in zip(batch, assistant.answer([each for _, each in batch], cfg.max_new_tokens)):
+            given[i] = answer
+            answers.write(result(data, cfg.metric, shown, i, answer))
+    results = of_all_ranks([result(data, cfg.metric, shown, i, answer) for i, answer in given.items()])
+    return sorted(results, key=lambda each: each["index"]), of_all_ranks(unread)
+
+
+def indices_of(assistant, data, cfg):
+    """-> the indices of the examples that are to be answered."""
     indices = list(range(min(len(data), cfg.max_examples or len(data))))
-    if assistant.language.captions:
-        kept = [i for i in indices if len(images_of(data.row(i))) == 1]
-        if len(kept) < len(indices) and dist.get_rank() == 0:
-            print(f"left out {len(indices) - len(kept)} examples without exactly one picture: "
-                  "an align run only captions")
-        indices = kept
-    results, unread = [], []
-    for batch in batches(partial(question, data), indices, assistant, cfg, unread):
-        given = assistant.answer([example for _, example in batch], cfg.max_new_tokens)
-        for (i, _), answer in zip(batch, given):
-            row = data.row(i)
-            asked, expected = (turn["value"] for turn in row["conversations"][-2:])
-            kind = printable(str(row.get("type", row.get("category", "all"))), 60)
-            results.append({"index": i, "type": kind, "question": asked, "expected": expected,
-                            "answer": answer, "right": normal(answer) == normal(expected)})
-            answers.write(json.dumps(results[-1]) + "\n")
-        answers.flush()
-    return sorted(of_all_ranks(results), key=lambda result: result["index"]), of_all_ranks(unread)
+    if not assistant.language.captions:
+        return indices
+    kept = [i for i in indices if len(images_of(data.row(i))) == 1]
+    if len(kept) < len(indices) and dist.get_rank() == 0:
+        print(f"left out {len(indices) - len(kept)} examples without exactly one picture: "
+              "an align run only captions")
+    return kept
 
 
-def question(data, i):
+def other_pictures(data, indices, seed=0):
+    """-> {i: the example whose pictures question i is asked about}: as many pictures, other ones. The same
+    for any number of ranks. Raises UserError where there are no others."""
+    names = {i: images_of(data.row(i)) for i in indices}
+    shown, rng = {}, np.random.default_rng(seed)
+    for count in {len(each) for each in names.values()} - {0}:
+        group = [i for i in rng.permutation(indices).tolist() if len(names[i]) == count]
+        for place, i in enumerate(group):                   # the next one around that has other pictures
+            others = (group[(place + step) % len(group)] for step in range(1, len(group)))
+            shown[i] = next((j for j in others if names[j] != names[i]), None)
+            if shown[i] is None:
+                raise UserError(f"{data.path}: --shuffle_images needs other pictures, but all examples with "
+                                f"{count} have the same")
+    return shown
+
+
+def question(data, metric, shown, i):
     """Example i without its last reply, or a BadExample."""
     example = data.question(i)
-    if not isinstance(example, BadExample) and data.row(i)["conversations"][-1]["from"] != "gpt":
+    if isinstance(example, BadExample):
+        return example
+    row, other = data.row(i), shown.get(i)
+    if row["conversations"][-1]["from"] != "gpt":
         return data.named(i, "the last turn must be the expected answer, from 'gpt'")
+    try:
+        scores.score(metric, "", row)                       # whether it can be scored, before it is answered
+        if other is not None:
+            example["images"] = data.pictures.tensors(images_of(data.row(other)), other)
+    except BadExample as e:
+        return data.named(i, e)
     return example
+
+
+def result(data, metric, shown, i, answer):
+    row = data.row(i)
+    asked, expected = (turn["value"] for turn in row["conversations"][-2:])
+    kind = printable(str(row.get("type", row.get("category", "all"))), 60)
+    points = scores.score(metric, answer, row)
+    return {"index": i, "type": kind, "question": asked, "expected": expected, "answer": answer,
+            "score": points, "right": points >= 0.5} | ({"pictures_of": shown[i]} if i in shown else {})
 
 
 def summary(results):
     def of(rows):
-        return {"accuracy": sum(row["right"] for row in rows) / max(1, len(rows)), "count": len(rows)}
+        points = [row["score"] for row in rows]
+        yes = scores.yes_no([(row["answer"], row["expected"]) for row in rows])
+        return {"accuracy": sum(points) / max(1, len(rows)), "count": len(rows),
+                "interval": scores.interval(points)} | ({"yes_no": yes} if yes else {})
     types = sorted({row["type"] for row in results})
     return of(results) | {"by_type": {kind: of([row for row in results if row["type"] == kind])
                                       for kind in types}}
 
 
-def print_table(scores):
-    for kind, row in (*scores["by_type"].items(), ("all together", scores)):
-        print(f"{kind:<16} {row['accuracy']:7.1%}   of {row['count']}")
+def print_table(table):
+    """In brackets, where the accuracy lies in 95 of 100 such sets of examples."""
+    for kind, row in (*table["by_type"].items(), ("all together", table)):
+        low, high = row["interval"]
+        print(f"{kind:<16} {row['accuracy']:7.1%}   of {row['count']:<6} ({low:.1%} to {high:.1%})")
+        if "yes_no" in row:
+            of = row["yes_no"]
+            print(f"{'':<16} yes: precision {of['precision']:.1%}, recall {of['recall']:.1%}, "
+                  f"F1 {of['f1']:.1%}; says yes {of['yes']:.1%}")
 
 
 def contact_sheet(results, data, path, blank_images=False):
     """Pictures with question, expected answer and given answer; green is right, red is wrong.
     Spread over the types."""
-    sheets.write([cell(result, data, blank_images) for result in spread(results)[:sheets.CELLS]], path)
+    sheets.write([cell(each, data, blank_images) for each in spread(results)[:sheets.CELLS]], path)
 
 
 def spread(results):
@@ -171,7 +225,8 @@ def spread(results):
 
 
 def cell(result, data, blank_images):
-    pictures = [read_image(data.pictures.path(name)) for name in images_of(data.row(result["index"]))]
+    names = images_of(data.row(result.get("pictures_of", result["index"])))
+    pictures = [read_image(data.pictures.path(name)) for name in names]
     if blank_images:
         pictures = [Image.new("RGB", picture.size) for picture in pictures]
     answer = result["answer"] + ("" if result["right"] else f"\n(expected: {result['expected']})")
@@ -205,8 +260,8 @@ def open_loop(assistant, data, cfg):
     return {"l1": errors, "count": int(read.sum())}, unread
 
 
-def write_scores(scores, out):
-    write_text(out, json.dumps(scores, indent=1))
+def write_scores(found, out):
+    write_text(out, json.dumps(found, indent=1))
     print(f"scores   {out}")
 
 
@@ -220,20 +275,25 @@ def main(cfg):
     with ranks.rank_zero_first():                           # it may make the list of an archive's pictures
         data = assistant.dataset(cfg.json, cfg.image_dir)
     if assistant.policy:
-        scores, unread = open_loop(assistant, data, cfg)
-        results = scores["count"]
+        errors, unread = open_loop(assistant, data, cfg)
+        results = errors["count"]
         if results and rank == 0:
-            write_scores(scores, out)
+            write_scores(errors, out)
     else:
-        so_far = unused_name(out.with_name(f"{out.stem}.unfinished{rank or ''}.jsonl"))
-        with open(so_far, "x") as answers:
-            results, unread = score(assistant, data, cfg, answers)
+        answers = Answers(out, {
+            "weights": fingerprint(find(cfg.ckpt)), "examples": data.store.file.name,
+            "image_dir": cfg.image_dir, "max_new_tokens": cfg.max_new_tokens,
+            "blank_images": cfg.blank_images,
+            # With fewer examples, a question may be about other pictures.
+            "shuffle_images": [cfg.max_examples] if cfg.shuffle_images else False})
+        results, unread = score(assistant, data, cfg, answers)
         if results and rank == 0:
-            scores = summary(results)
-            print_table(scores)
-            write_scores(scores | {"answers": results}, out)
+            table = summary(results)
+            print_table(table)
+            write_scores(table | {"metric": cfg.metric, "answers": results}, out)
             contact_sheet(results, data, out.with_name(f"{out.stem}.png"), cfg.blank_images)
-        so_far.unlink()
+        ranks.barrier()                                     # rank zero's scores are on the disk
+        answers.remove()
     if unread or not results:
         raise UserError(f"{cfg.json}: {len(unread)} examples could not be scored and were left out"
                         f"{f', first: {unread[0]}' if unread else '; there was nothing to score'}")

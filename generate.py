@@ -6,8 +6,10 @@ A policy (stage vla) gets an instruction for a prompt and prints an action:
 
     python generate.py --ckpt runs/toy-vla-x7 --image picture.png --prompt "put the red circle on the star"
 
-No --image: a text question. Several: `--image a.png b.png`, in this order.
+No --image: a text question. Several: `--image a.png b.png`, in this order. --chat asks on about the same
+pictures, with all that was said before. Answers are greedy; --temperature above 0 draws them.
 """
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +21,14 @@ from config import BadExample, Config, UserError, check_limits, knob, parse, rea
 class GenerateConfig:
     ckpt: str = knob("", "run folder or step folder")
     image: tuple = knob((), "picture files, in the order of the question; none = text only")
-    prompt: str = knob("Describe the picture.", "the question; for a vla run the instruction")
+    prompt: str = knob(
+        "", "the question, for a vla run the instruction; empty = Describe the picture., with --chat none")
+    chat: bool = knob(False, "go on asking: one question a line, an empty line ends it")
     max_new_tokens: int = knob(256, "longest answer", "tokens")
+    temperature: float = knob(
+        0.0, "draw each token from probabilities ~ exp(logit / temperature); 0 = take the likeliest")
+    top_p: float = knob(1.0, "draw only from the likeliest tokens that have this probability together")
+    seed: int = knob(0, "of the draw: the same seed on the same machine gives the same answer")
     unnorm_key: str = knob(
         "", "vla: the dataset whose units the action is in; needed if the policy knows several")
 
@@ -28,13 +36,17 @@ class GenerateConfig:
         if not self.ckpt:
             raise UserError("--ckpt RUN is missing: a run folder that train.py wrote, "
                             "such as runs/toy-finetune-x7")
-        check_limits(self, {"max_new_tokens": (1, 10 ** 5)})
+        check_limits(self, {"max_new_tokens": (1, 10 ** 5), "temperature": (0, 100), "top_p": (1e-6, 1),
+                            "seed": (0, 2 ** 32 - 1)})
+        if self.top_p < 1 and self.temperature == 0:
+            raise UserError("--top_p draws answers, so it needs a --temperature above 0")
 
 
 if __name__ == "__main__":
     cfg = parse(GenerateConfig, description="Ask a trained model.")  # before torch is imported: a fast --help
 
 import torch
+from transformers import TextStreamer
 
 import chat
 import checkpoint
@@ -96,9 +108,11 @@ class Assistant:
                 "images": [[transform.resized(image) for transform in self.transforms] for image in images]}
 
     @torch.inference_mode()
-    def answer(self, examples, max_new_tokens=256, streamer=None):
-        """Examples (as Conversations.question gives them) -> greedy answers, a list of str."""
-        return [self.language.decode(ids) for ids in self.answer_ids(examples, max_new_tokens, streamer)]
+    def answer(self, examples, max_new_tokens=256, streamer=None, **options):
+        """Examples (as Conversations.question gives them) -> greedy answers, a list of str.
+        options: of transformers' generate, such as `drawn` gives them."""
+        return [self.language.decode(ids)
+                for ids in self.answer_ids(examples, max_new_tokens, streamer, **options)]
 
     def act(self, pictures, instructions, key=""):
         """Pictures (one list of PIL RGB per robot) and instructions
@@ -138,9 +152,9 @@ class Assistant:
         """-> one list of new ids per example, end token included. options: for transformers' generate."""
         x, mask, left = self.embed(examples, 1, max_new_tokens)
         stop = self.language.end_id
-        new = self.model.llm.generate(inputs_embeds=x, attention_mask=mask.to(self.device), do_sample=False,
+        new = self.model.llm.generate(inputs_embeds=x, attention_mask=mask.to(self.device),
                                       max_new_tokens=left, eos_token_id=stop, pad_token_id=stop,
-                                      streamer=streamer, **options)                                 # (B, new)
+                                      streamer=streamer, **{"do_sample": False} | options)          # (B, new)
         answers = []
         for ids in new.tolist():
             answers.append(ids[:ids.index(stop) + 1] if stop in ids else ids)
@@ -168,9 +182,44 @@ class Assistant:
         return x, mask, min(most, known - longest)
 
 
+def drawn(cfg):
+    """--temperature and --top_p -> options for transformers' generate; none for greedy answers."""
+    if cfg.temperature == 0:
+        return {}
+    return {"do_sample": True, "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": 0}     # no top-k
+
+
+class Printer(TextStreamer):
+    """Shows an answer while it grows. Most formats write a space between prompt and reply (see Language.gap),
+    or their tokenizer does; it is no part of the answer."""
+
+    def __init__(self, language):
+        super().__init__(language.tokenizer, skip_special_tokens=True)
+        self.space = " " if language.adds_space or (language.gap and not language.captions) else ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        if text:                                            # the first part may be empty
+            text, self.space = text.removeprefix(self.space), ""
+        super().on_finalized_text(text, stream_end)
+
+
+def questions(cfg):
+    """--prompt, and with --chat what is typed, line by line."""
+    if cfg.prompt or not cfg.chat:
+        yield cfg.prompt or "Describe the picture."
+    while cfg.chat:
+        print("> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:                                        # an empty one, or the end of a file
+            return
+        yield line
+
+
 def main(cfg):
-    from transformers import TextStreamer
     assistant = Assistant(cfg.ckpt)
+    if cfg.chat and assistant.language.captions or (cfg.chat or cfg.temperature) and assistant.policy:
+        raise UserError(f"{cfg.ckpt} is of stage {assistant.cfg.stage}: --chat is for runs that answer "
+                        "questions, --temperature for all that use words")
     if assistant.language.captions:
         if len(cfg.image) != 1:
             raise UserError(f"{cfg.ckpt} is an align run: it captions exactly one --image. "
@@ -178,15 +227,26 @@ def main(cfg):
         print("(an align run captions whatever is asked; run the finetune stage to ask it)")
     images = [read_image(path) for path in cfg.image]
     if assistant.policy:
-        assistant.act([images], [cfg.prompt], cfg.unnorm_key)       # the first call is slow: memory, kernels
+        prompt = next(questions(cfg))
+        assistant.act([images], [prompt], cfg.unnorm_key)           # the first call is slow: memory, kernels
         began = time.perf_counter()
-        action = assistant.act([images], [cfg.prompt], cfg.unnorm_key)[0]
+        action = assistant.act([images], [prompt], cfg.unnorm_key)[0]
         print(" ".join(f"{value:.4f}" for value in action),
               f"({(time.perf_counter() - began) * 1000:.0f} ms)")
         return
-    example = assistant.example(cfg.prompt, images)
-    assistant.answer([example], cfg.max_new_tokens,
-                     streamer=TextStreamer(assistant.language.tokenizer, skip_special_tokens=True))
+    torch.manual_seed(cfg.seed)
+    earlier = []
+    for asked in questions(cfg):
+        try:
+            example, show = assistant.example(asked, images, earlier), Printer(assistant.language)
+            answer, = assistant.answer([example], cfg.max_new_tokens, show, **drawn(cfg))
+        except BadExample as e:                             # too long, say; another question may not be
+            if not cfg.chat:
+                raise
+            print(e)
+            continue
+        tags = (TAG + "\n") * len(images) * (not earlier)   # the pictures belong to the first question
+        earlier += [{"from": "human", "value": tags + asked}, {"from": "gpt", "value": answer}]
 
 
 if __name__ == "__main__":

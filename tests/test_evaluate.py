@@ -1,5 +1,4 @@
-"""evaluate.py: what counts as right, the table by type, the sheet that people look at."""
-import io
+"""evaluate.py and answers.py: what is right, the table by type, the sheet, killed and started again."""
 import json
 import os
 import subprocess
@@ -12,7 +11,8 @@ from helpers import world_of_one
 from PIL import Image
 
 from config import BadExample, UserError
-from evaluate import EvaluateConfig, contact_sheet, score, summary
+from answers import Answers
+from evaluate import EvaluateConfig, contact_sheet, other_pictures, question, score, summary
 from test_train import ROOT, run_train, world  # noqa: F401
 
 ASK = "<image>\nWhich is shown?\nA. a star\nB. a heart"
@@ -42,14 +42,15 @@ def rows_of(*types):
     return [kind | {"conversations": turns} for kind in types]
 
 
-def scored(rows, answers):
+def scored(rows, answers, known=None, data=None, **flags):
     assistant = SimpleNamespace(language=SimpleNamespace(captions=False),
                                 answer=lambda examples, _: [answers.pop(0) for _ in examples])
-    written = io.StringIO()
-    cfg = EvaluateConfig(ckpt="x", json="x", batch_size=2, num_workers=0)
+    written = []
+    cfg = EvaluateConfig(ckpt="x", json="x", batch_size=2, num_workers=0, **flags)
     with world_of_one():
-        results, unread = score(assistant, Recorded(rows), cfg, written)
-    assert [json.loads(line) for line in written.getvalue().splitlines()] == results
+        results, unread = score(assistant, data or Recorded(rows), cfg,
+                                SimpleNamespace(known=known or {}, write=written.append))
+    assert written == [result for result in results if result["index"] not in (known or {})]
     if unread:
         raise unread[0]
     return results
@@ -63,9 +64,10 @@ def test_case_outer_spaces_and_a_final_dot_do_not_count_and_nothing_else_is_forg
 def test_each_type_has_its_row_under_either_name():
     results = scored(rows_of({"type": "shape", "category": "z"}, {"category": "z"}, {}, {"type": "shape"}),
                      ["a star", "a star", "no", "no"])
-    assert summary(results) == {"accuracy": 0.5, "count": 4, "by_type": {
-        "all": {"accuracy": 0.0, "count": 1}, "shape": {"accuracy": 0.5, "count": 2},
-        "z": {"accuracy": 1.0, "count": 1}}}
+    assert summary(results) == {"accuracy": 0.5, "count": 4, "interval": [0.0, 1.0], "by_type": {
+        "all": {"accuracy": 0.0, "count": 1, "interval": [0.0, 0.0]},
+        "shape": {"accuracy": 0.5, "count": 2, "interval": [0.0, 1.0]},
+        "z": {"accuracy": 1.0, "count": 1, "interval": [1.0, 1.0]}}}
 
 
 def test_a_last_turn_of_the_human_is_no_expected_answer():
@@ -73,6 +75,130 @@ def test_a_last_turn_of_the_human_is_no_expected_answer():
     rows[0]["conversations"] = rows[0]["conversations"][:1]
     with pytest.raises(UserError, match="the last turn must be the expected answer"):
         scored(rows, ["a star"])
+
+
+def test_each_metric_scores_the_answers():
+    """Of "A star": a half of the letters is not enough for ANLS, the letter names it, 0.3 of ten people."""
+    rows = rows_of(*[{}] * 3)
+    answers = "a star", "A", "a stir"
+    points = {metric: [result["score"] for result in scored(rows, list(answers), metric=metric)]
+              for metric in ("exact", "vqa", "anls", "relaxed", "choice")}
+    assert points == {"exact": [1, 0, 0], "vqa": [1, 0, 0], "anls": [1, 0, pytest.approx(5 / 6)],
+                      "relaxed": [1, 0, 0], "choice": [1, 1, 0]}
+    people = [row | {"answers": ["star"] * 9 + ["heart"]} for row in rows[:1]]
+    assert scored(people, ["heart"], metric="vqa")[0]["score"] == pytest.approx(0.3)
+    assert scored(people, ["heart"])[0]["score"] == 1       # exact: any of the answers
+
+
+def test_what_a_metric_can_not_score_is_named_before_it_is_answered():
+    rows = rows_of({"options": "none"})
+    with pytest.raises(BadExample, match="example 0: 'options' must be a list"):
+        scored(rows, [], metric="choice")
+
+
+def test_a_yes_no_set_has_more_numbers():
+    turns = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes"}]
+    results = scored([{"conversations": turns}] * 2, ["yes", "no"])
+    assert summary(results)["yes_no"] == pytest.approx(
+        {"accuracy": 0.5, "precision": 1, "recall": 0.5, "f1": 2 / 3, "yes": 0.5})
+    assert "yes_no" not in summary(scored(rows_of({}), ["a star"]))
+
+
+# -- another example's pictures ------------------------------------------------------------------------------
+
+class WithPictures(Recorded):
+    path = "d.json"
+
+    def __init__(self, names):
+        super().__init__([row | {"image": name} for row, name in zip(rows_of(*[{}] * len(names)), names)])
+        self.pictures = SimpleNamespace(tensors=lambda names, i: [f"pixels of {name}" for name in names])
+
+
+def test_each_question_gets_the_pictures_of_another(capsys):
+    names = ["a", "a", "b", ["a", "b"], ["b", "a"], "c", [], ["a", "b"]]
+    data, seen = WithPictures(names), {}
+    shown = other_pictures(data, list(range(8)))
+    assert sorted(shown) == [0, 1, 2, 3, 4, 5, 7]
+    for i, j in shown.items():
+        mine, other = ([names[k]] if isinstance(names[k], str) else names[k] for k in (i, j))
+        assert len(mine) == len(other) and mine != other, (i, j)
+        seen[i] = question(data, "exact", shown, i)["images"]
+        assert seen[i] == [f"pixels of {name}" for name in other]
+    assert question(data, "exact", shown, 6)["images"] == []
+    assert other_pictures(data, list(range(8))) == shown    # the same each time
+    results = scored(data.rows, ["x"] * 8, data=data, shuffle_images=True)
+    assert [result.get("pictures_of") for result in results] == [shown.get(i) for i in range(8)]
+
+
+def test_where_there_are_no_other_pictures_shuffling_is_refused():
+    with pytest.raises(UserError, match="needs other pictures, but all examples with 1 have the same"):
+        other_pictures(WithPictures(["a", "a", ["b", "c"], ["c", "b"]]), [0, 1, 2, 3])
+    with pytest.raises(UserError, match="exclude each other"):
+        EvaluateConfig(ckpt="x", json="x", blank_images=True, shuffle_images=True)
+
+
+# -- killed, and started again -------------------------------------------------------------------------------
+
+def test_answers_that_are_there_are_not_asked_again():
+    rows = rows_of({}, {}, {})
+    results = scored(rows, ["wrong"], known={0: "a star", 2: "A star."})
+    assert [result["answer"] for result in results] == ["a star", "wrong", "A star."]
+    assert [result["right"] for result in results] == [True, False, True]
+
+
+def begun(out, asked, *rows):
+    """A file of answers as a killed evaluation leaves it."""
+    with world_of_one():
+        answers = Answers(out, asked)
+    for row in rows:
+        answers.write(row)
+    answers.file.close()
+    return answers
+
+
+def test_an_evaluation_takes_over_what_a_killed_one_has_answered(tmp_path, capsys):
+    out, asked = tmp_path / "s.json", {"weights": "w", "flag": False}
+    first = begun(out, asked, {"index": 3, "answer": "a"}, {"index": 1, "answer": "b"})
+    with open(first.path, "a") as file:
+        file.write('{"index": 2, "answ')                    # killed in the middle of a line
+    second = begun(out, asked, {"index": 5, "answer": "c"})
+    assert first.known == {} and second.known == {3: "a", 1: "b"}
+    assert "2 answers are there from before" in capsys.readouterr().out
+    with world_of_one():
+        third = Answers(out, asked)
+        assert third.known == {3: "a", 1: "b", 5: "c"}
+        third.remove()
+    assert not list(tmp_path.iterdir())                     # of all three
+
+
+def test_answers_to_other_questions_are_left_alone(tmp_path, capsys):
+    """Other weights, examples or flags; another evaluation's file; no file of answers at all."""
+    out = tmp_path / "s.json"
+    other = begun(out, {"weights": "other"}, {"index": 3, "answer": "a"})
+    (tmp_path / "s.unfinished-notes.jsonl").write_text("my notes")
+    begun(tmp_path / "t.json", {"weights": "w"}, {"index": 3, "answer": "a"})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with world_of_one():
+        answers = Answers(out, {"weights": "w"})
+        assert answers.known == {} and answers.path != other.path
+        answers.remove()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert capsys.readouterr().out.count("is of other weights, examples or flags, and is left as it is") == 2
+
+
+def test_two_evaluations_into_one_file_at_once_are_refused(tmp_path):
+    begin = ("import sys, pathlib; import config, ranks; from answers import Answers; from helpers import *\n"
+             "with world_of_one():\n    held = Answers(pathlib.Path(sys.argv[1]), {})\n"
+             "    print('there', flush=True); sys.stdin.read()\n")
+    other = subprocess.Popen([sys.executable, "-c", begin, str(tmp_path / "s.json")], cwd=ROOT / "tests",
+                             env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "there\n"
+    with pytest.raises(UserError, match="s.unfinished.jsonl is being written by another evaluation"):
+        begun(tmp_path / "s.json", {})
+    other.kill()
+    other.wait()
+    assert begun(tmp_path / "s.json", {}).known == {}
 
 
 def test_two_ranks_score_as_one_process_does_and_in_the_same_order(world, tmp_path):  # noqa: F811
@@ -87,6 +213,32 @@ def test_two_ranks_score_as_one_process_does_and_in_the_same_order(world, tmp_pa
     assert done.returncode == 0 and done.stdout.count("all together") == 1, done.stderr
     one, two = (json.loads(path.read_text()) for path in (run / "val.json", out))
     assert one == two and [row["index"] for row in two["answers"]] == list(range(12))
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_scores(world, tmp_path):  # noqa: F811
+    """A real one, killed with SIGKILL while it answers; it goes on in other batches."""
+    _, run, _ = run_train(world, tmp_path, "--max_steps", "1")
+    command = [sys.executable, "evaluate.py", "--ckpt", str(run), "--json", str(world / "val.json"),
+               "--image_dir", str(world / "images"), "--num_workers", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, "--out", str(tmp_path / "whole.json")], cwd=ROOT, env=env, timeout=240,
+                           capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "killed.json"
+    first = subprocess.Popen([*command, "--out", str(out), "--batch_size", "1"], cwd=ROOT, env=env,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    so_far = tmp_path / "killed.unfinished.jsonl"
+    while not (so_far.exists() and so_far.read_text().count("\n") > 3):
+        assert first.poll() is None
+    first.kill()
+    first.wait()
+    done = so_far.read_text().count("\n") - 1
+    assert 3 <= done < 12 and not out.exists()
+    again = subprocess.run([*command, "--out", str(out), "--batch_size", "5"], cwd=ROOT, env=env, timeout=240,
+                           capture_output=True, text=True)
+    assert again.returncode == 0 and f"{done} answers are there from before" in again.stdout, again.stderr
+    assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
     assert not list(tmp_path.glob("*unfinished*"))
 
 
