@@ -138,17 +138,25 @@ def indices_of(assistant, data, cfg):
     indices = list(range(min(len(data), cfg.max_examples or len(data))))
     if not assistant.language.captions:
         return indices
-    kept = [i for i in indices if len(images_of(data.row(i))) == 1]
+    kept = [i for i in indices if len(pictures_of(data, i)) == 1]
     if len(kept) < len(indices) and dist.get_rank() == 0:
         print(f"left out {len(indices) - len(kept)} examples without exactly one picture: "
               "an align run only captions")
     return kept
 
 
+def pictures_of(data, i):
+    """The names of example i's pictures; none where they are none, which is named when it is asked."""
+    try:
+        return images_of(data.row(i))
+    except BadExample:
+        return []
+
+
 def other_pictures(data, indices, seed=0):
     """-> {i: the example whose pictures question i is asked about}: as many pictures, other ones. The same
     for any number of ranks. Raises UserError where there are no others."""
-    names = {i: images_of(data.row(i)) for i in indices}
+    names = {i: pictures_of(data, i) for i in indices}
     shown, rng = {}, np.random.default_rng(seed)
     for count in {len(each) for each in names.values()} - {0}:
         group = [i for i in rng.permutation(indices).tolist() if len(names[i]) == count]
@@ -182,7 +190,10 @@ def result(data, metric, shown, i, answer):
     row = data.row(i)
     asked, expected = (turn["value"] for turn in row["conversations"][-2:])
     kind = printable(str(row.get("type", row.get("category", "all"))), 60)
-    points = scores.score(metric, answer, row)
+    try:
+        points = scores.score(metric, answer, row)
+    except BadExample as e:                                 # answered before, for another metric
+        raise data.named(i, e) from e
     return {"index": i, "type": kind, "question": asked, "expected": expected, "answer": answer,
             "score": points, "right": points >= 0.5} | ({"pictures_of": shown[i]} if i in shown else {})
 
@@ -274,6 +285,8 @@ def main(cfg):
     ranks.barrier()
     with ranks.rank_zero_first():                           # it may make the list of an archive's pictures
         data = assistant.dataset(cfg.json, cfg.image_dir)
+    if assistant.policy and (cfg.shuffle_images or cfg.metric != "exact"):
+        raise UserError(f"{cfg.ckpt} is a policy: --metric and --shuffle_images are for answers in words")
     if assistant.policy:
         errors, unread = open_loop(assistant, data, cfg)
         results = errors["count"]

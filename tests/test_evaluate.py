@@ -130,6 +130,12 @@ def test_each_question_gets_the_pictures_of_another(capsys):
     assert [result.get("pictures_of") for result in results] == [shown.get(i) for i in range(8)]
 
 
+def test_an_example_whose_pictures_are_no_names_is_no_reason_to_stop():
+    """It is named when it is asked, as without shuffling."""
+    data = WithPictures(["a", "b", {"file": "c"}])
+    assert other_pictures(data, [0, 1, 2]) == {0: 1, 1: 0}
+
+
 def test_where_there_are_no_other_pictures_shuffling_is_refused():
     with pytest.raises(UserError, match="needs other pictures, but all examples with 1 have the same"):
         other_pictures(WithPictures(["a", "a", ["b", "c"], ["c", "b"]]), [0, 1, 2, 3])
@@ -144,6 +150,11 @@ def test_answers_that_are_there_are_not_asked_again():
     results = scored(rows, ["wrong"], known={0: "a star", 2: "A star."})
     assert [result["answer"] for result in results] == ["a star", "wrong", "A star."]
     assert [result["right"] for result in results] == [True, False, True]
+
+
+def test_an_answer_that_another_metric_can_not_score_is_named():
+    with pytest.raises(BadExample, match="example 0: 'options' must be a list"):
+        scored(rows_of({"options": "none"}), [], known={0: "a star"}, metric="choice")
 
 
 def begun(out, asked, *rows):
