@@ -2,7 +2,7 @@
 
 One dataclass field is one flag, one line of --help and one entry of config.json. A value comes from, weakest
 first: the field's default, the preset, the preset's stage, the checkpoint of --ckpt (what describes the
-model), the command line. No torch here, so `--help` is instant.
+model), the file of --config, the command line (presets.py). No torch here, so `--help` is instant.
 """
 import argparse
 import json
@@ -83,8 +83,9 @@ class Config:
     lora_rank: int = knob(0, "LoRA: llm in --trains means matrices of this rank beside frozen ones; 0 = none")
     lora_alpha: int = knob(16, "LoRA: what the matrices add is multiplied by alpha / rank")
     lora_dropout: float = knob(0.0, "LoRA: dropout of what goes into the matrices, in training")
-    no_align: bool = knob(False, "finetune from a fresh projector, without an align stage before")
+    no_align: bool = knob(False, "start from a fresh projector, without an align stage before")
     preset: str = knob("toy", "named set of values for all other flags")
+    config: str = knob("", "config.json, such as a run's own: its values are the defaults of all flags")
     vision_backbone: str = knob(
         "toy/vit", "folder or hub id of a CLIP, SigLIP (1, 2) or DINO (v2, v3) model; two joined by a comma")
     llm_backbone: str = knob("toy/llm", "folder or hub id of a causal language model")
@@ -149,10 +150,10 @@ class Config:
 
     def __post_init__(self):
         check_types(self)
-        if self.stage == "finetune" and not self.ckpt and not self.no_align:
-            raise UserError("--stage finetune starts from an aligned projector: "
-                            "give --ckpt runs/<align run>, or --no_align for a fresh projector")
-        if self.stage in ("full-finetune", "vla") and not self.ckpt:
+        if self.stage in ("finetune", "full-finetune") and not self.ckpt and not self.no_align:
+            raise UserError(f"--stage {self.stage} starts from an aligned projector, or a trained VLM: "
+                            "give --ckpt runs/<run>, or --no_align for a fresh projector")
+        if self.stage == "vla" and not self.ckpt:
             raise UserError(f"--stage {self.stage} starts from a trained VLM: give --ckpt runs/<run>")
         if not self.trained or not set(self.trained) <= {"vision", "projector", "llm", "llm.last"}:
             raise UserError(f"--trains {self.trains}: choose from vision, projector, llm, llm.last (a,b,...)")
@@ -202,10 +203,15 @@ LIMITS = {"global_batch_size": (1, 10 ** 6), "per_device_batch_size": (1, 10 ** 
 def check_types(cfg):
     """argparse has done this for flags; a config.json can hold anything."""
     for name, kind in get_type_hints(type(cfg)).items():
-        value = getattr(cfg, name)
-        if value not in get_args(kind) if get_origin(kind) is Literal else (
-                type(value) is not kind and (kind, type(value)) != (float, int)):
-            raise UserError(f"--{name} can't be {value!r}")
+        if not fits(getattr(cfg, name), kind):
+            raise UserError(f"--{name} can't be {getattr(cfg, name)!r}")
+
+
+def fits(value, kind):
+    """Whether a knob of this kind can have the value. A whole number is a number, but True is no 1."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is kind or (kind, type(value)) == (float, int)
 
 
 def check_limits(cfg, limits):
@@ -282,36 +288,8 @@ def parse(cls, argv=None, description=None, positional=()):
     parser = make_parser(cls, description, positional)
     try:
         if cls is Config:
-            parser.set_defaults(**config_defaults(argv))
+            from presets import defaults
+            parser.set_defaults(**defaults(argv))
         return cls(**vars(parser.parse_args(argv)))
     except UserError as e:
         parser.error(str(e))
-
-
-def config_defaults(argv):
-    """--stage, --preset and --ckpt are read first: they decide the defaults of the others, in --help too."""
-    from presets import PRESETS
-    peek = Parser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--stage", default="align")
-    peek.add_argument("--preset")
-    peek.add_argument("--ckpt", default="")
-    for name in ("train_json", "vision_backbone", "llm_backbone"):
-        peek.add_argument(f"--{name}")
-    known = peek.parse_known_args(argv)[0]
-    inherited = {}
-    if known.ckpt:
-        saved = read_config(known.ckpt)
-        inherited = {name: getattr(saved, name) for name in MODEL_FIELDS}
-    # A named backbone gets the published recipe. The toy's, with a learning rate of 3e-3, would spoil it.
-    default = "published" if known.vision_backbone or known.llm_backbone else "toy"
-    preset = known.preset or inherited.get("preset", default)
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise UserError(f"--preset {preset}: there is none of this name. Choose from {', '.join(PRESETS)}")
-    if inherited.get("preset", preset) != preset and PRESETS[preset].get(""):
-        raise UserError(f"--preset {preset}: the checkpoint {known.ckpt} was made with "
-                        f"--preset {inherited['preset']}. "
-                        "Leave the flag out: the model comes from the checkpoint")
-    # val_json and prepare of the preset go with the preset's own data. Other data must not get them.
-    own_data = {"val_json": "", "prepare": ""} if known.train_json else {}
-    of_stage = PRESETS[preset].get(known.stage, {})
-    return {"preset": preset} | PRESETS[preset].get("", {}) | of_stage | own_data | inherited

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import config
+import presets
 from config import BadExample, Config, UserError, knob
 
 # card -> memory [GB], dense bf16 and fp32 [TFLOP/s]: Nvidia's data sheets ("with sparsity" is twice as much),
@@ -58,7 +59,7 @@ def parse(argv=None):
     """-> own flags, Config. What only a run needs may be missing: a checkpoint, data."""
     parser = config.make_parser(Question, "What a training run takes of one GPU.")
     try:
-        parser.set_defaults(**config.config_defaults(argv))
+        parser.set_defaults(**presets.defaults(argv))
         flags = vars(parser.parse_args(argv))
         own = SimpleNamespace(**{f.name: flags.pop(f.name)
                                  for f in fields(Question) if f not in fields(Config)})

@@ -312,6 +312,11 @@ def test_align_trains_and_saves_the_projector_only_and_finetune_starts_from_it(w
         assert torch.equal(weights(tuned)[name], tensor), name
 
 
+def test_full_finetune_starts_from_a_fresh_projector_too(world, tmp_path, monkeypatch):
+    _, run = train_here(monkeypatch, world, tmp_path, "--no_align", "--max_steps", "1", stage="full-finetune")
+    assert {name.split(".")[0] for name in weights(run)} == {"vision", "projector", "llm"}
+
+
 def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     rows = json.loads((world / "finetune.json").read_text())
     picture = next(row for row in rows if "image" in row)
