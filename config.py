@@ -106,6 +106,9 @@ class Config:
     mixture: str = knob("", "how often each file of train_json comes in an epoch, such as 3,1; empty = once")
     image_dir: str = knob("", "where the pictures' paths start: a folder, an uncompressed .zip or .tar")
     val_json: str = knob("", "held-out examples, scored when the run ends; empty = no score")
+    val_every: int = knob(
+        0, "loss and accuracy on val_json every so many steps, and at the end; 0 = never", "steps")
+    val_examples: int = knob(0, "so many of val_json, spread over the file, for val_every; 0 = all")
     prepare: str = knob("", "Python script that makes the preset's data; run once if train_json is missing")
     run_id: str = knob("", "name of the run folder; empty = <preset>-<stage>-x<seed>")
     run_root: str = knob("runs", "folder of all run folders")
@@ -142,6 +145,8 @@ class Config:
         "no", "cut weights, gradients and optimizer among all GPUs, or those of each machine (FSDP2): less "
         "memory, more traffic; no: each GPU holds all of it (DDP)")
     compile: bool = knob(False, "torch.compile all blocks: fewer kernels, a slow first step; a CPU needs g++")
+    tracker: Literal["", "tensorboard", "wandb"] = knob(
+        "", "where else the metrics go, besides metrics.jsonl: a package that you have installed")
     profile: int = knob(
         0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
     forecast: bool = knob(True, "on a GPU: count first what a step takes, and refuse what can't fit")
@@ -173,6 +178,8 @@ class Config:
         for name in ("train_json", "image_dir", "run_root"):
             if not all(getattr(self, name).split(",")):
                 raise UserError(f"--{name} is missing: preset {self.preset!r} brings no data of its own")
+        if self.val_every and not self.val_json:
+            raise UserError("--val_every needs held-out examples: give --val_json FILE")
         check_limits(self, LIMITS)
         if self.run_id and not re.fullmatch(r"(?!step-|unfinished-|set-aside-)\w[\w.+-]{0,99}", self.run_id):
             raise UserError(f"--run_id {self.run_id}: give a name for a folder, of letters, digits and "
@@ -195,6 +202,7 @@ class Config:
 LIMITS = {"global_batch_size": (1, 10 ** 6), "per_device_batch_size": (1, 10 ** 6), "epochs": (1, 10 ** 6),
           "save_every": (1, 10 ** 9), "keep": (1, 10 ** 6), "max_length": (1, 10 ** 7),
           "max_steps": (0, 10 ** 9), "num_workers": (0, 1000), "length_window": (0, 10 ** 6),
+          "val_every": (0, 10 ** 9), "val_examples": (0, 10 ** 9),
           "seed": (0, 2 ** 32 - 1), "profile": (0, 1000), "learning_rate": (0, 1e30),
           "weight_decay": (0, 1e3), "warmup_ratio": (0, 1), "max_grad_norm": (1e-30, 1e30),
           "lora_rank": (0, 10 ** 4), "lora_alpha": (1, 10 ** 6), "lora_dropout": (0, 0.99)}

@@ -1,7 +1,7 @@
 """Who may write into a run folder: one process, of the run that the folder holds.
 
     claim       before anything is loaded: is the folder free, or a run that this command continues?
-    begin       after everything is loaded: makes the folder
+    begin       after everything is loaded: makes the folder, or extends the run that is there
     move_away   --overwrite: runs/NAME becomes runs/NAME.overwritten, when everything is checked and loaded.
                 A mistake in the flags costs nothing
     forget      the first checkpoint of the new run deletes the old one
@@ -25,13 +25,14 @@ from config import UserError, read_config
 # A run may continue with other values of these: they do not change what is computed, up to float rounding.
 FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite",
                   "gradient_checkpointing", "run_root", "run_id", "prepare", "val_json", "keep_epochs",
-                  "skip_bad_examples", "profile", "compile", "shard", "forecast")
-
+                  "skip_bad_examples", "profile", "compile", "shard", "forecast", "config", "val_every",
+                  "val_examples", "tracker")
+MAY_GROW = ("epochs", "max_steps")                          # see check_longer
 
 # What train.py and its commands write into a run folder. Anything else in it is the user's.
 RUN_FILES = ("config.json", "metrics.jsonl", "replaces.json", "dataset_statistics.json", "trace.json",
              "val.json", "val.png", "scores.json", "scores.png", "samples.png", "rollouts.json",
-             "rollouts.png")
+             "rollouts.png", "curves.png")
 
 
 def claim(cfg, run):
@@ -61,6 +62,7 @@ def claim_alone(cfg, run):
                                     f"Rename {run.with_name(name)} first")
             if not cfg.overwrite:
                 check_same_run(cfg, before, run)
+                check_longer(cfg, before, run)
         elif os.path.lexists(run) and (not run.is_dir() or any(run.iterdir())):
             raise UserError(f"{run} exists and holds no run of this program. Choose another --run_id")
         return held
@@ -103,26 +105,48 @@ def lock(run):
 def check_same_run(cfg, before, run):
     old, new = asdict(before), asdict(cfg)
     changed = [f"--{name} was {old[name]!r}, is {new[name]!r}" for name in new
-               if old[name] != new[name] and name not in FREE_TO_CHANGE]
+               if old[name] != new[name] and name not in (*FREE_TO_CHANGE, *MAY_GROW)]
     if changed:
         raise UserError(f"{run} holds a run with other flags: {'; '.join(changed)}. Give the same flags to "
                         "continue it, --run_id for a new run, or --overwrite to start over")
 
 
-def begin(cfg, run, restarted):
-    """After everything is loaded, on every rank: the run folder is there when this returns."""
+def check_longer(cfg, before, run, epoch=0):
+    """A run can be extended, by more --epochs or --max_steps, but not cut short. epoch: its steps; 0 while
+    they are not known, and epochs can't be compared with steps."""
+    old, new = (of.max_steps or of.epochs * (epoch or 1) for of in (before, cfg))
+    if new < old and (epoch or bool(before.max_steps) == bool(cfg.max_steps)):
+        changed = [f"--{name} was {getattr(before, name)}, is {getattr(cfg, name)}" for name in MAY_GROW
+                   if getattr(before, name) != getattr(cfg, name)]
+        raise UserError(f"{run} holds a longer run: {'; '.join(changed)}. A run can be extended, not cut "
+                        "short. Give at least as much, --run_id for a new run, or --overwrite to start over")
+
+
+def extend(cfg, run, epoch):
+    """config.json says from now on how long the run is."""
+    check_longer(cfg, read_config(run), run, epoch)
+    saved = json.loads((run / "config.json").read_text())
+    longer = saved | {name: getattr(cfg, name) for name in MAY_GROW}
+    if longer != saved:
+        write_text(run / "config.json", json.dumps(longer, indent=2))
+
+
+def begin(cfg, run, restarted, epoch):
+    """After everything is loaded, on every rank: the run folder is there when this returns.
+    epoch: steps of one."""
     if dist.get_rank() == 0:
-        begin_alone(cfg, run, restarted)
+        begin_alone(cfg, run, restarted, epoch)
     ranks.barrier()
 
 
-def begin_alone(cfg, run, restarted):
+def begin_alone(cfg, run, restarted, epoch):
     """Makes the run folder if there is none, or if --overwrite wants a new one.
     `restarted`: an earlier start has obeyed --overwrite already."""
     replaces = []
     try:
         if (run / "config.json").exists():
             if restarted or not cfg.overwrite:
+                extend(cfg, run, epoch)
                 return
             replaces = move_away(run)
         new = unused_name(run.with_name(f".{run.name}.new"))     # under its own name it appears whole

@@ -76,7 +76,7 @@ def parse(argv=None):
         config.check_limits(own, {"gpus": (1, 10 ** 5), "memory": (0.1, 1e5), "mfu": (0.001, 1),
                                   "positions": (0, 10 ** 7), "pictures": (0, 1000),
                                   "examples": (0, 10 ** 12)})
-        return own, Config(**flags | {"val_json": "", "prepare": "", "num_workers": 0})
+        return own, Config(**flags | {"val_json": "", "val_every": 0, "prepare": "", "num_workers": 0})
     except UserError as e:
         parser.error(str(e))
 

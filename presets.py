@@ -68,7 +68,7 @@ PRESETS = {
 
 
 def defaults(argv):
-    """The defaults of all flags, for this command line. Those read here, first, decide those of the others, in
+    """The defaults of all flags, for this command line. Those read here first decide those of the others, in
     --help too. Raises UserError."""
     peek = Parser(add_help=False, allow_abbrev=False)
     for name in ("config", "stage", "preset", "ckpt", "train_json", "vision_backbone", "llm_backbone"):
@@ -109,7 +109,8 @@ def read_file(path):
         if not isinstance(saved, dict):
             raise ValueError("it holds no JSON object" if file.is_file() else "there is no such file")
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"--config {path} can't be read ({e}). Give a config.json, such as a run's own") from e
+        raise UserError(f"--config {path} can't be read ({e}). "
+                        "Give a config.json, such as a run's own") from e
     for name, value in saved.items():
         if name not in (*kinds, "started"):                 # the last is a run's own
             near = difflib.get_close_matches(name, kinds, 1)

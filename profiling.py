@@ -46,15 +46,17 @@ def working_type(precision, device):
 # -- metrics.jsonl -------------------------------------------------------------------------------------------
 
 class Speed:
-    """The clock of the loop. `steps`: how many there are to do.
+    """The clock of the loop. start: steps done before this start of the run; total: of the whole run. Both go
+    into each line, so it can be seen where a run was started again, and where it was extended.
 
     A step's time runs from `begin` to `metrics`, which tells it to metrics.jsonl. Its data wait is what is
     spent in `waiting`, for the batch of the step behind it: the loop reads one step ahead. (A GPU may be at
     work meanwhile. If the wait grows all the same, the data workers are too slow.)
     """
 
-    def __init__(self, model, device, dtype, steps):
-        self.flop, self.device, self.left, self.first = flop_of(model), device, steps, None
+    def __init__(self, model, device, dtype, start, total):
+        self.flop, self.device, self.first = flop_of(model), device, None
+        self.start, self.total, self.left = start, total, total - start
         peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = peak * dist.get_world_size() if peak and dtype != torch.float32 else None
         self.begin()
@@ -79,6 +81,7 @@ class Speed:
         return {"tokens": counts["tokens"], "positions": counts["positions"],
                 "padding": 1 - counts["real"] / counts["positions"], "replaced": counts["replaced"],
                 "modality": "image" if counts["pictures"] else "text",
+                "start": self.start, "total": self.total,
                 "data_wait": self.waited / seconds, "tokens_per_second": counts["real"] / seconds,
                 "mfu": self.flop(counts) / seconds / self.peak if self.peak else None,
                 "peak_memory_gb": peak_memory(self.device),
@@ -165,6 +168,19 @@ def phase(name):
         began = now()
         yield
         seconds[name] = seconds.get(name, 0) + now() - began
+
+
+@contextmanager
+def unwatched():
+    """What is done here is no part of a step's table."""
+    global seconds
+    asked, began, seconds = seconds, now() if seconds is not None else 0, None
+    try:
+        yield
+    finally:
+        seconds = asked
+        if seconds is not None:
+            seconds["validation"] = seconds.get("validation", 0) + now() - began
 
 
 class StepProfile:

@@ -1,14 +1,18 @@
-"""What a run tells a person before its first step, and after its last."""
+"""What a run tells a person before its first step, at each step, and after its last."""
+import json
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-from tqdm import tqdm
 
 import chat
 from check import show
@@ -16,6 +20,9 @@ from config import BadExample, UserError, printable
 from model import PARTS
 
 DOES_NOT_FIT = 3                                            # plan.py's exit code, with --one_line
+COLUMNS = 100                                               # of the widest line
+INDENT = " " * 9                                            # behind it stands what a line says
+EVERY = 30                                                  # seconds between two lines in a log file
 
 
 def forecast(cfg, device):
@@ -40,12 +47,38 @@ def count(cfg, gpus, memory):
         raise UserError(f"this run can't fit. {said[0]}. Less take --gradient_checkpointing and a smaller "
                         "--per_device_batch_size; python plan.py with the flags of this run shows how much. "
                         "--no-forecast tries it all the same")
-    print(said[0] if done.returncode == 0 else f"memory   can't be counted: {printable(said[0], 400)}",
-          flush=True)
+    say("", said[0] if done.returncode == 0 else f"memory   can't be counted: {printable(said[0], 400)}")
 
 
-def opening(model, data, sampler, total, run, step):
-    """What trains, how the batches are cut, how a conversation is written, the first example."""
+def say(label, text):
+    """One line, or several where it is longer than COLUMNS. Commands to be copied are printed as they are."""
+    print("\n".join(wrapped(f"{label:<8} {text}" if label else text)), flush=True)
+
+
+def wrapped(text):
+    """Text without line breaks -> lines of at most COLUMNS, cut at spaces where there are some."""
+    lines, line = [], ""
+    for word in re.findall(r"\S+\s*|\s+", text):
+        # A word that is longer than a line (Chinese has no spaces) is cut where it stands.
+        if columns_of(line + word.rstrip()) > COLUMNS and columns_of(INDENT + word) <= COLUMNS:
+            lines, line = [*lines, line.rstrip()], INDENT
+        for letter in word:
+            if columns_of(line + letter) > COLUMNS and not letter.isspace():
+                lines, line = [*lines, line.rstrip()], INDENT
+            line += letter
+    return [*lines, line.rstrip()]
+
+
+def columns_of(text):
+    """How many columns of a terminal it takes: Chinese characters take two, accents none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+               for c in text)
+
+
+def opening(cfg, model, data, sampler, total, step, rate):
+    """What trains, how the batches are cut, how a conversation is written, the first example. rate: the
+    learning rate of the next step."""
+    run = cfg.run_folder
     def sizes(trained):
         counts = {name: sum(p.numel() for p in getattr(model, name).parameters()
                             if p.requires_grad == trained) for name in PARTS}
@@ -53,42 +86,84 @@ def opening(model, data, sampler, total, run, step):
     if step == total:
         print(f"{run}: this run is finished, all {total:,} steps are done")
         return
-    print(f"trains   {sizes(True)} · frozen {sizes(False)}")
+    say("trains", f"{sizes(True)} · frozen {sizes(False)}")
     if model.adapters:
         added = model.adapters
         where = f" of {added.base['folder']}, which must stay" if added.base else ""
-        print(f"adapters rank {added.rank}, alpha {added.alpha}, beside {len(added.layers)} layers of the "
-              f"language model{where}")
-    print(f"batch    {sampler.global_batch_size} = {sampler.per_device_batch_size} x "
-          f"{sampler.accumulation} accumulated x {sampler.world_size} ranks · "
-          f"{len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
-          f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
+        say("adapters", f"rank {added.rank}, alpha {added.alpha}, beside {len(added.layers)} layers of the "
+            f"language model{where}")
+    say("batch", f"{sampler.global_batch_size} = {sampler.per_device_batch_size} x "
+        f"{sampler.accumulation} accumulated x {sampler.world_size} ranks · "
+        f"{len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
+        f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
+    before = last_total(run)
+    if before and before < total:
+        say("extended", f"from {before:,} to {total:,} steps, {step:,} are done; the learning rate goes on "
+            f"at {rate:.2g}, where the {cfg.schedule} schedule of {total:,} steps has it")
     if not data.language.captions:
-        print(f"prompt   {printable(chat.describe(data.language))}")
+        say("prompt", printable(chat.describe(data.language)))
     example = data[0]
     if isinstance(example, BadExample):
         raise example
     shown = show(example["input_ids"].tolist(), example["labels"].tolist(), data.language.tokenizer)
-    print(f"sample 0 {printable(shown)}     (>> << is what the loss sees)", flush=True)
+    say("sample 0", f"{printable(shown, 800)}     (>> << is what the loss sees)")
 
 
-def progress_bar(stage, total, step, rank):
-    """Its end, `postfix`, is what `progress` says; tqdm's own guess of the time left is left out."""
-    return tqdm(total=total, initial=step, disable=rank != 0 or step == total, desc=stage,
-                dynamic_ncols=True, bar_format="{desc} {n_fmt}/{total_fmt} {percentage:.0f}%{postfix}")
+def last_total(run):
+    """The steps that the run had when its last line of metrics was written; None if there is no such line."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return json.loads(lines[-1]).get("total") if lines else None
 
 
-def progress(metrics):
-    """The line of a step that a person watches."""
+class Progress:
+    """Where the run stands, on one line of stderr. On a terminal the line is written over at each step. A log
+    file gets a line every EVERY seconds, and for the first step, the last, and those with a validation."""
+
+    def __init__(self, cfg, total):
+        self.stage, self.total, self.held_out = cfg.stage, total, {}
+        self.terminal, self.shown = sys.stderr.isatty(), -math.inf
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.terminal and self.shown > -math.inf:
+            print(file=sys.stderr)
+
+    def show(self, metrics):
+        """metrics: a line of metrics.jsonl."""
+        step, now = metrics["step"], time.monotonic()
+        validated = "val_loss" in metrics
+        if validated:                                       # it stays in sight until there is a newer one
+            self.held_out = {"val_loss": metrics["val_loss"]}
+        wait = 0.1 if self.terminal else EVERY
+        if now < self.shown + wait and step < self.total and not validated:
+            return
+        self.shown, start = now, f"{self.stage} {step}/{self.total} {step / self.total:.0%}"
+        if self.terminal:
+            columns = min(COLUMNS, shutil.get_terminal_size().columns - 1)
+            line = progress(self.held_out | metrics, start, columns)[:columns]
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)       # clears what stood behind it
+        else:
+            print(progress(self.held_out | metrics, start), file=sys.stderr, flush=True)
+
+
+def progress(metrics, start, columns=COLUMNS):
+    """The line of a step that a person watches. What matters least is left out where it has no room."""
     norm, mfu, memory, left = (metrics[name] for name in
                                ("grad_norm", "mfu", "peak_memory_gb", "seconds_left"))
     rate = metrics["tokens_per_second"]
-    parts = (f"loss {metrics['loss']:.3f}", f"lr {metrics['lr']:.1e}",
-             "skipped" if norm is None else f"norm {norm:.2f}",
+    parts = [start, f"loss {metrics['loss']:.3f}",
+             f"val {metrics['val_loss']:.3f}" if "val_loss" in metrics else "",
+             f"lr {metrics['lr']:.1e}", "skipped" if norm is None else f"norm {norm:.2f}",
              f"{rate / 1000:.1f}k tok/s" if rate >= 1000 else f"{rate:.0f} tok/s",
              f"data {metrics['data_wait']:.0%}", "" if mfu is None else f"mfu {mfu:.0%}",
-             "" if memory is None else f"{memory:.1f} GB", "" if left is None else f"{duration(left)} left")
-    return ", ".join(part for part in parts if part)
+             "" if memory is None else f"{memory:.1f} GB", "" if left is None else f"{duration(left)} left"]
+    for least in ("GB", "mfu", "data", "norm", "lr", "tok/s", "left"):
+        if len(", ".join(filter(None, parts))) > columns:
+            parts = [part for part in parts if least not in part.split(" ")]
+    return ", ".join(filter(None, parts))
 
 
 def duration(seconds):

@@ -56,7 +56,7 @@ def main(cfg):
     device, restarted = ranks.start()
     rank, run = dist.get_rank(), cfg.run_folder
     ranks.hold(owner.claim(cfg, run))   # the lock of this run: it has one writer
-    files, policy, pictures, loader = load_data(cfg, device)
+    files, policy, held_out, pictures, loader = load_data(cfg, device)
     sampler = loader.batch_sampler
     # The progress bar counts optimizer steps: epochs x global batches of an epoch. (A loop that counts
     # micro-batches would divide by the accumulation.) --max_steps ends a run earlier, or later, than that,
@@ -66,7 +66,7 @@ def main(cfg):
     parts, model = load_model(cfg, policy, sampler, device)
     optimizer, dtype = make_optimizer(model, cfg), working_type(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    owner.begin(cfg, run, restarted)    # up to here nothing on disk has changed
+    owner.begin(cfg, run, restarted, sampler.batches_per_epoch)     # up to here nothing on disk has changed
     step = checkpoint.resume(run, model, optimizer, scaler)
     if step > total:
         raise UserError(f"{run}: {step} steps are done, but the run has {total} now. Was its data changed?")
@@ -81,17 +81,16 @@ def main(cfg):
         gradient_as_bucket_view=True))                              # what is sent is the gradient, no copy
     # Writing files and printing is rank zero's work. Eight ranks would write eight times, into one file.
     if rank == 0:
-        report.opening(model, files[0], sampler, total, run, step)
+        report.opening(cfg, model, files[0], sampler, total, step, learning_rate(step, total, cfg))
         if policy:
             checkpoint.write_text(run / "dataset_statistics.json", json.dumps(policy.statistics, indent=2))
-    bar = report.progress_bar(cfg.stage, total, step, rank)
     about = {"parts": parts, "prompt": files[0].language.prompt[:5]}    # as it was learned from a template
     about |= {name: of.saved() for name, of in (("actions", policy), ("lora", model.adapters)) if of}
     watched = StepProfile(cfg.profile if rank == 0 else 0, model, run / "trace.json")
-    speed = Speed(model, device, dtype, total - step)
+    speed, progress = Speed(model, device, dtype, step, total), report.Progress(cfg, total)
     stop, stopped, saved = ranks.Stop(), False, step
     batches = global_batches(loader, pictures, step, total, speed, stop)
-    with bar, open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
+    with progress, open(run / "metrics.jsonl", "a") if rank == 0 else nullcontext() as metrics_file:
         ahead = next(batches, None)
         while ahead:
             epoch, micro_batches, counts = ahead
@@ -114,16 +113,16 @@ def main(cfg):
                                       policy.measure if policy else right_tokens)
             step += 1
             skipped = stop_unless_finite(loss, norm, step, micro_batches, scaler)
+            metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr,
+                       "grad_norm": None if skipped else norm, "skipped": int(skipped),
+                       **(policy.metrics(scores) if policy else {"accuracy": scores[0] / counts["tokens"]}),
+                       **speed.metrics(counts)}
+            if cfg.val_every and (step % cfg.val_every == 0 or step == total):
+                metrics |= held_out.score(model)
             if rank == 0:
-                metrics = {"step": step, "epoch": epoch, "loss": loss, "lr": lr,
-                           "grad_norm": None if skipped else norm, "skipped": int(skipped),
-                           **(policy.metrics(scores) if policy
-                              else {"accuracy": scores[0] / counts["tokens"]}),
-                           **speed.metrics(counts)}
                 metrics_file.write(json.dumps(metrics) + "\n")
                 metrics_file.flush()
-                bar.set_postfix_str(report.progress(metrics), refresh=False)
-                bar.update()
+                progress.show(metrics)
             epoch_ends = cfg.keep_epochs and step % sampler.batches_per_epoch == 0
             if step % cfg.save_every == 0 or step == total or epoch_ends:
                 save(run, step, model, optimizer, scaler, about, cfg.keep, forever=epoch_ends)
@@ -143,8 +142,8 @@ def main(cfg):
 
 def load_data(cfg, device):
     """One dataset, cut by the sampler into this rank's micro-batches
-    -> its files, the policy of stage vla (how actions become tokens; else None), how pictures are read, a
-    loader."""
+    -> its files, the policy of stage vla (how actions become tokens; else None), the held-out examples (None
+    without --val_json), how pictures are read, a loader."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     language = load_language(cfg.llm_backbone, cfg.prompt, cfg.stage == "align", cfg.picture_place)
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)
@@ -155,16 +154,16 @@ def load_data(cfg, device):
         if cfg.augment:
             import actions
             pictures.augment, pictures.seed = actions.distort, cfg.seed
-        about, policy = (language, pictures, cfg.max_length), None
+        about, policy, held_out = (language, pictures, cfg.max_length), None, None
         if cfg.stage == "vla":
             import actions
             policy, files = actions.open_episodes(cfg, language, about)
         else:
             files = [Conversations(path, *about, cfg.skip_bad_examples) for path in cfg.train_json.split(",")]
         counted = [file.lengths() for file in files]
-        if cfg.val_json:                                    # now, not after hours of training
-            (actions.Episodes(cfg.val_json, *about, policy).check() if policy
-             else Conversations(cfg.val_json, *about).lengths())
+        if cfg.val_json:                                    # read now, not after hours of training
+            import validation
+            held_out = validation.HeldOut(cfg, language, transforms, policy, device)
     times = [int(t) for t in cfg.mixture.split(",")] if cfg.mixture else [1] * len(files)
     data = ConcatDataset([file for file, n in zip(files, times) for _ in range(n)])
     lengths, has_image = (np.concatenate([both[k] for both, n in zip(counted, times) for _ in range(n)])
@@ -182,7 +181,7 @@ def load_data(cfg, device):
                         # Without a generator of its own the loader draws from torch's global one, which
                         # dropout uses: a run that continues would then drop other activations.
                         generator=torch.Generator().manual_seed(cfg.seed))
-    return files, policy, pictures, loader
+    return files, policy, held_out, pictures, loader
 
 
 def load_model(cfg, policy, sampler, device):

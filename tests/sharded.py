@@ -37,13 +37,14 @@ def steps(world, llama, case, kind, device):
     if flags.get("llm_backbone"):
         flags["llm_backbone"] = llama
     cfg = Config(**flags)
-    _, _, pictures, loader = train.load_data(cfg, device)
+    *_, pictures, loader = train.load_data(cfg, device)
     _, model = train.load_model(cfg, None, loader.batch_sampler, device)
     optimizer = train.make_optimizer(model, cfg)
     ddp = model if kind != "no" else DistributedDataParallel(
         model, find_unused_parameters=not loader.batch_sampler.has_image.all())
     found = {"losses": [], "norms": [], "modalities": []}
-    scaler, speed = torch.amp.GradScaler("cpu", enabled=False), Speed(model, device, torch.float32, STEPS)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    speed = Speed(model, device, torch.float32, 0, STEPS)
     for _, batches, counts in train.global_batches(loader, pictures, 0, STEPS, speed, Nobody):
         queued = train.train_step(ddp, optimizer, scaler, batches, counts["tokens"], cfg, device)
         loss, norm, _ = train.look(*queued, batches, counts["tokens"], train.right_tokens)

@@ -92,7 +92,8 @@ def test_the_model_of_a_checkpoint_that_is_a_flag_wins_over_the_file(tmp_path):
     cfg = parse(Config, [*flags, "--ckpt", str(tmp_path / "run")])
     assert (cfg.llm_backbone, cfg.epochs) == ("theirs", 5)
     flags = saved_in(tmp_path, ckpt=str(tmp_path / "run"), image_resize="letterbox")
-    assert parse(Config, [*flags, *DATA]).image_resize == "letterbox"      # the file's own word, and its --ckpt
+    # Both stand in the file: there its own words win over its --ckpt.
+    assert parse(Config, [*flags, *DATA]).image_resize == "letterbox"
 
 
 @pytest.mark.parametrize("fields, said", [

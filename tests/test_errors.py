@@ -539,7 +539,7 @@ FLAGS = {
     "an unknown prompt": (["--prompt", "alpaca"], "argument --prompt: invalid choice: 'alpaca'"),
     "no number": (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
     "finetune from nothing": (["--stage", "finetune"],
-                              "--stage finetune starts from an aligned projector, or a trained VLM: give --ckpt"),
+                              "--stage finetune starts from an aligned projector, or a trained VLM: give"),
     "full-finetune from nothing": (["--stage", "full-finetune"],
                                    "--stage full-finetune starts from an aligned projector, or a trained "),
     "vla from nothing": (["--stage", "vla", "--no_align"],

@@ -27,11 +27,11 @@ def cfg_of(folder, **flags):
     return config.Config(**flags)
 
 
-def start(folder, restarted=False, **flags):
+def start(folder, restarted=False, epoch=10, **flags):
     """What train.py does on rank zero before its first step -> the run folder."""
     cfg = cfg_of(folder, **flags)
     lock = owner.claim_alone(cfg, cfg.run_folder)
-    owner.begin_alone(cfg, cfg.run_folder, restarted)
+    owner.begin_alone(cfg, cfg.run_folder, restarted, epoch)
     lock.close()
     return cfg.run_folder
 
@@ -52,6 +52,42 @@ def test_a_run_is_begun_once_and_then_continued(tmp_path):
     save(run, 1)
     assert start(tmp_path) == run and names(run) == ["config.json", "step-00000001"]
     assert names(tmp_path) == ["r"]
+
+
+@pytest.mark.parametrize("before, now", [        # an epoch is 10 steps
+    ({"max_steps": 20}, {"max_steps": 21}), ({"epochs": 2}, {"epochs": 3}),
+    ({"epochs": 2}, {"max_steps": 20}), ({"max_steps": 20}, {"epochs": 2}),
+    ({"max_steps": 20}, {"max_steps": 20, "epochs": 9})])
+def test_a_run_can_be_extended_and_config_json_says_so(before, now, tmp_path):
+    run = start(tmp_path, **before)
+    saved = json.loads((run / "config.json").read_text())
+    start(tmp_path, **now)
+    want = saved | {"epochs": 1, "max_steps": 0} | now
+    assert json.loads((run / "config.json").read_text()) == want and want["started"]
+    assert start(tmp_path, **now) == run                    # and is as long from then on
+    with pytest.raises(UserError, match="A run can be extended, not cut short"):
+        start(tmp_path, max_steps=19)
+
+
+@pytest.mark.parametrize("before, now, said", [
+    ({"max_steps": 20}, {"max_steps": 19}, "holds a longer run: --max_steps was 20, is 19. A run can be"),
+    ({"epochs": 3}, {"epochs": 2}, "--epochs was 3, is 2"),
+    ({"epochs": 2}, {"max_steps": 19}, "--epochs was 2, is 1; --max_steps was 0, is 19"),
+    ({"max_steps": 20}, {"max_steps": 0}, "--max_steps was 20, is 0")])
+def test_a_run_can_not_be_cut_short(before, now, said, tmp_path):
+    run = start(tmp_path, **before)
+    text = (run / "config.json").read_text()
+    with pytest.raises(UserError, match=said):
+        start(tmp_path, **now)
+    assert (run / "config.json").read_text() == text
+    with pytest.raises(UserError, match="--seed was 7, is 8"):      # nothing else may change with it
+        start(tmp_path, seed=8, max_steps=10 ** 6)
+
+
+def test_fewer_steps_than_before_are_refused_before_a_model_is_loaded_where_that_can_be_told(tmp_path):
+    start(tmp_path, max_steps=20)
+    with pytest.raises(UserError, match="not cut short"):
+        owner.claim_alone(cfg_of(tmp_path, max_steps=19), tmp_path / "r")
 
 
 def test_overwrite_moves_the_old_run_away_and_the_first_checkpoint_deletes_it(tmp_path):

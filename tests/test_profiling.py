@@ -8,7 +8,6 @@ from test_model import VISION, batches, tiny_llm
 from torch.utils.flop_counter import FlopCounterMode
 
 import profiling
-import report
 from config import TRAINS
 from model import VLM, VisionBackbone, make_projector
 from profiling import Speed, flop_of, peak_of, working_type
@@ -90,11 +89,11 @@ def test_a_step_tells_its_speed_its_memory_and_the_time_left(clock, monkeypatch)
     monkeypatch.setattr(profiling.dist, "get_world_size", lambda: 2)
     for device, dtype, mfu in (("cuda", torch.bfloat16, 0.15), ("cuda", torch.float32, None),
                                ("cpu", torch.bfloat16, None)):
-        speed = Speed(None, torch.device(device), dtype, 4)
+        speed = Speed(None, torch.device(device), dtype, 3, 7)
         assert a_step(speed, clock, seconds=2, waits=0.5) == {
             "tokens": 30, "positions": 1000, "padding": pytest.approx(0.2), "replaced": 2,
             "modality": "image", "data_wait": 0.25, "tokens_per_second": 400, "mfu": mfu,
-            "peak_memory_gb": 1.5, "seconds_left": None}
+            "peak_memory_gb": 1.5, "seconds_left": None, "start": 3, "total": 7}
         clock[0] += 7                                       # a checkpoint is written: so will be others
         assert a_step(speed, clock, seconds=3, waits=0)["seconds_left"] == 10 * 2
         assert a_step(speed, clock, seconds=2, waits=0)["seconds_left"] == (10 + 2) / 2 * 1
@@ -105,17 +104,3 @@ def test_on_a_cpu_the_memory_is_the_most_that_the_process_had():
     said, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     known = int(said.split()[1]) * 1024 / 1e9
     assert profiling.peak_memory(torch.device("cpu")) == pytest.approx(known, rel=0.02)
-
-
-LINE = {"loss": 2.4131, "lr": 9.7e-4, "grad_norm": 0.817, "tokens_per_second": 11234.5, "data_wait": 0.041,
-        "mfu": 0.382, "peak_memory_gb": 61.24, "seconds_left": 6420.0}
-
-
-@pytest.mark.parametrize("change, said", [
-    ({}, "loss 2.413, lr 9.7e-04, norm 0.82, 11.2k tok/s, data 4%, mfu 38%, 61.2 GB, 1h47 left"),
-    ({"mfu": None, "seconds_left": 65.9, "tokens_per_second": 987.6},
-     "loss 2.413, lr 9.7e-04, norm 0.82, 988 tok/s, data 4%, 61.2 GB, 1m05 left"),
-    ({"mfu": None, "peak_memory_gb": None, "seconds_left": None, "grad_norm": None},
-     "loss 2.413, lr 9.7e-04, skipped, 11.2k tok/s, data 4%")])
-def test_a_person_reads_on_one_line_how_it_goes(change, said):
-    assert report.progress(LINE | change) == said

@@ -282,6 +282,30 @@ def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp
     assert said in str(e.value)
 
 
+CONSTANT = ("--schedule", "constant", "--warmup_ratio", "0")
+
+
+@pytest.mark.parametrize("schedule", [CONSTANT, ()])
+def test_a_finished_run_can_be_extended(schedule, world, tmp_path, monkeypatch, capsys):
+    """A constant rate exactly as if it had been so from the start, over the end of an epoch of 12 steps; a
+    cosine from where the new schedule has it."""
+    whole = train_here(monkeypatch, world, tmp_path / "whole", "--max_steps", "16", *schedule)
+    train_here(monkeypatch, world, tmp_path, "--max_steps", "6", *schedule)
+    capsys.readouterr()
+    got = train_here(monkeypatch, world, tmp_path, "--max_steps", "16", *schedule)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "extended from 6 to 16 steps, 6 are done; the learning rate goes on at " in said
+    assert [(line["start"], line["total"]) for line in got[0]] == [(0, 6)] * 6 + [(6, 16)] * 10
+    assert [line["lr"] for line in got[0]][6:] == [line["lr"] for line in whole[0]][6:]
+    if schedule:
+        assert "at 0.0005, where the constant schedule of 16 steps has it" in said
+        assert_bit_for_bit(got, whole)
+    else:
+        assert got[0][5]["lr"] < 1e-4 < 3e-4 < got[0][6]["lr"] and exactly(got[0]) != exactly(whole[0])
+    train_here(monkeypatch, world, tmp_path, "--max_steps", "16", *schedule)    # finished: it is one run now
+    assert "this run is finished, all 16 steps are done" in capsys.readouterr().out
+
+
 def test_starting_from_a_run_and_continuing_it_can_not_be_confused(world, one_rank, tmp_path, monkeypatch):
     shutil.copytree(one_rank[1], tmp_path / "r")
     for ckpt in (tmp_path / "r", tmp_path / "r" / "step-00000010"):     # weights of itself
