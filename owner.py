@@ -19,6 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import ranks
+import trackers
 from checkpoint import delete_step, flush, step_folders, unused_name, write_text
 from config import UserError, read_config
 
@@ -50,6 +51,7 @@ def claim_alone(cfg, run):
         raise UserError(f"--ckpt {cfg.ckpt} is the folder of this run. To continue it, leave --ckpt "
                         "as it was at the start; to start from it, name the new run with --run_id")
     try:
+        trackers.check(cfg.tracker)
         held = lock(run)
         for name in RUN_FILES:                              # opening a named pipe would wait for ever
             if os.path.lexists(run / name) and not (run / name).is_file():
@@ -183,8 +185,8 @@ def forget(run):
         old = run.with_name(name)
         for folder in step_folders(old):
             delete_step(folder)
-        for file_name in RUN_FILES:
-            (old / file_name).unlink(missing_ok=True)
+        for file in (*(old / file_name for file_name in RUN_FILES), *trackers.event_files(old)):
+            file.unlink(missing_ok=True)
         if old.exists() and any(old.iterdir()):
             print(f"{old} is kept: it holds more than this program wrote")
         elif old.exists():

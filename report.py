@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 import chat
+import metrics as curves
+import trackers
 from check import show
 from config import BadExample, UserError, printable
 from model import PARTS
@@ -118,21 +120,36 @@ def last_total(run):
 
 class Progress:
     """Where the run stands, on one line of stderr. On a terminal the line is written over at each step. A log
-    file gets a line every EVERY seconds, and for the first step, the last, and those with a validation."""
+    file gets a line every EVERY seconds, and for the first step, the last, and those with a validation. What
+    is shown goes to the --tracker, too. All on rank zero; `with Progress(...)` on the others does nothing."""
 
     def __init__(self, cfg, total):
-        self.stage, self.total, self.held_out = cfg.stage, total, {}
+        self.cfg, self.total, self.held_out, self.tracker = cfg, total, {}, None
         self.terminal, self.shown = sys.stderr.isatty(), -math.inf
 
     def __enter__(self):
+        if dist.get_rank() == 0:
+            self.tracker = trackers.begin(self.cfg, self.cfg.run_folder)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self.terminal and self.shown > -math.inf:
             print(file=sys.stderr)
+        self.track(lambda tracker: tracker.end(failed=kind is not None))
+
+    def track(self, what):
+        """A tracker that fails is no reason to end a run."""
+        try:
+            if self.tracker:
+                what(self.tracker)
+        except Exception as e:                              # it is a foreign program: it can raise anything
+            print(f"\n--tracker {self.cfg.tracker} has failed ({trackers.said(e)}); the run goes on without, "
+                  "and the next start makes up for it", file=sys.stderr, flush=True)
+            self.tracker = None
 
     def show(self, metrics):
         """metrics: a line of metrics.jsonl."""
+        self.track(lambda tracker: tracker.log(metrics))
         step, now = metrics["step"], time.monotonic()
         validated = "val_loss" in metrics
         if validated:                                       # it stays in sight until there is a newer one
@@ -140,7 +157,7 @@ class Progress:
         wait = 0.1 if self.terminal else EVERY
         if now < self.shown + wait and step < self.total and not validated:
             return
-        self.shown, start = now, f"{self.stage} {step}/{self.total} {step / self.total:.0%}"
+        self.shown, start = now, f"{self.cfg.stage} {step}/{self.total} {step / self.total:.0%}"
         if self.terminal:
             columns = min(COLUMNS, shutil.get_terminal_size().columns - 1)
             line = progress(self.held_out | metrics, start, columns)[:columns]
@@ -166,6 +183,15 @@ def progress(metrics, start, columns=COLUMNS):
     return ", ".join(filter(None, parts))
 
 
+def draw(run):
+    """The curves of the run as a picture. The run itself is whole, whatever becomes of that."""
+    try:
+        curves.draw([curves.Run(run)], run / "curves.png")
+        print(f"curves   {run / 'curves.png'}")
+    except (UserError, OSError) as e:
+        print(f"the curves can't be drawn: {e}", file=sys.stderr)
+
+
 def duration(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -182,6 +208,7 @@ def closing(cfg, run):
         own = {name: value for name, value in os.environ.items() if name != "RANK"}
         if subprocess.run([sys.executable, *command], env=own).returncode:
             print("the run itself is whole; when the score's error above is mended, give its command again")
+    draw(run)
     own = "" if cfg.prepare else f" --train_json FILE --image_dir {cfg.image_dir}"
     print(f"run      {run}")
     if cfg.stage == "align":

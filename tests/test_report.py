@@ -2,12 +2,12 @@
 import io
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import report
-from config import Config
 from report import columns_of, progress, wrapped
 
 LINE = {"step": 120, "loss": 2.4131, "lr": 9.7e-4, "grad_norm": 0.817, "tokens_per_second": 11234.5,
@@ -38,7 +38,8 @@ def told(monkeypatch, steps, seconds, terminal=False):
     out.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", out)
     monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
-    with report.Progress(SimpleNamespace(stage="align"), 40) as shown:
+    monkeypatch.setattr(report.dist, "get_rank", lambda: 0)
+    with report.Progress(SimpleNamespace(stage="align", tracker="", run_folder=Path("nowhere")), 40) as shown:
         for step, more in steps.items():
             shown.show(LINE | {"step": step} | more)
             now[0] += seconds
