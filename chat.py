@@ -176,6 +176,17 @@ def check_same(state, language, ckpt, llm):
                         f"gives {now}. Was the template changed?")
 
 
+def changed(state, language):
+    """state: of the checkpoint that a run starts from -> a word about the format that it was trained with, if
+    the run uses another one; "" if it is the same. A run may change it, but not without knowing."""
+    before = state.get("prompt")
+    if before in (None, list(language.prompt[:5])):         # None: an older version did not write it down
+        return ""
+    first, _, before_reply, end, _ = before
+    return (f"changed: the checkpoint was trained with {first!r} QUESTION {before_reply!r} REPLY {end!r}, and "
+            "has to learn another one now. Leave --prompt out to keep it")
+
+
 def describe(language):
     """The format for a person to read."""
     prompt, bos = language.prompt, language.tokenizer.decode(language.bos)

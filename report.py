@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 import chat
+import checkpoint
 import metrics as curves
 import trackers
 from check import show
-from config import BadExample, UserError, printable
+from config import BadExample, UserError, printable, read_config
 from model import PARTS
 
 DOES_NOT_FIT = 3                                            # plan.py's exit code, with --one_line
@@ -104,11 +105,25 @@ def opening(cfg, model, data, sampler, total, step, rate):
             f"at {rate:.2g}, where the {cfg.schedule} schedule of {total:,} steps has it")
     if not data.language.captions:
         say("prompt", printable(chat.describe(data.language)))
+        different = chat.changed(state_of(cfg.ckpt), data.language)
+        if different:
+            say("prompt", printable(different))
     example = data[0]
     if isinstance(example, BadExample):
         raise example
     shown = show(example["input_ids"].tolist(), example["labels"].tolist(), data.language.tokenizer)
     say("sample 0", f"{printable(shown, 800)}     (>> << is what the loss sees)")
+
+
+def state_of(ckpt):
+    """state.json of the checkpoint that a run starts from; {} where none is given, or where it comes from
+    stage align, which saw no prompt."""
+    if not ckpt or read_config(ckpt).stage == "align":
+        return {}
+    folder = Path(ckpt).resolve()
+    folders = [folder] if folder.name.startswith("step-") else checkpoint.step_folders(folder)
+    whole = (each for each in reversed(folders) if not checkpoint.damage(each, thorough=False))
+    return checkpoint.read_state(next(whole))               # there is one, the weights come from it
 
 
 def last_total(run):

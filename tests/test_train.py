@@ -341,6 +341,20 @@ def test_full_finetune_starts_from_a_fresh_projector_too(world, tmp_path, monkey
     assert {name.split(".")[0] for name in weights(run)} == {"vision", "projector", "llm"}
 
 
+@pytest.mark.parametrize("stage, flags, said", [
+    ("finetune", ("--prompt", "vicuna"), True), ("finetune", (), False),
+    ("align", ("--prompt", "vicuna"), False)])              # a caption stands behind no prompt
+def test_another_prompt_than_that_of_the_checkpoint_is_said(stage, flags, said, world, one_rank, tmp_path,
+                                                            monkeypatch, capsys):
+    base = one_rank[1]
+    if stage == "align":
+        _, base = train_here(monkeypatch, world, tmp_path / "a", "--max_steps", "1", stage="align")
+    train_here(monkeypatch, world, tmp_path / "f", "--ckpt", str(base), "--max_steps", "1", *flags)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("changed: the checkpoint was trained with 'In: ' QUESTION '\\nOut: ' REPLY '</s>', and has to learn "
+            "another one now" in printed) == said
+
+
 def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
     rows = json.loads((world / "finetune.json").read_text())
     picture = next(row for row in rows if "image" in row)
