@@ -4,6 +4,8 @@
                                                                   one per dimension
 
 and back. Ids are computed, never written as text and read again: some tokenizers would read something else.
+With --chunk K an answer holds K actions, that of this step and those of the steps behind it (ACT, arXiv
+2304.13705; for such tokens OpenVLA-OFT, arXiv 2502.19645). Shapes: A dimensions, K actions of a chunk.
 
 An episode is one JSON object with many examples, one for each step:
 
@@ -17,7 +19,7 @@ from PIL import Image, ImageEnhance
 
 from config import BadExample, UserError
 from data import Conversations
-from prompts import IGNORE
+from prompts import IGNORE, assemble
 
 BINS = 256
 QUESTION = "What action should the robot take to {instruction}?"
@@ -29,14 +31,15 @@ class ActionTokens:
     end:        exclusive upper end of the action ids.
     statistics: those of each dataset, see `compute_statistics`.
     pictures:   how many a step has; None = not known (a checkpoint of an older version).
+    chunk:      K, how many actions an answer holds.
 
     As OpenVLA: id = end - bin, bins count from 1, a bin stands for its center. OpenVLA's end is the size of
     the base vocabulary; so is ours, unless control tokens lie among its last 256 ids (GPT-2's end of text
     does): then below them.
     """
 
-    def __init__(self, end, statistics, pictures=None):
-        self.end, self.statistics, self.pictures = end, statistics, pictures
+    def __init__(self, end, statistics, pictures=None, chunk=1):
+        self.end, self.statistics, self.pictures, self.chunk = end, statistics, pictures, chunk
         self.edges = np.linspace(-1, 1, BINS)
         self.centers = (self.edges[:-1] + self.edges[1:]) / 2                               # (255,)
 
@@ -51,6 +54,16 @@ class ActionTokens:
     @property
     def dimensions(self):
         return len(next(iter(self.statistics.values()))["action"]["q01"])
+
+    @property
+    def length(self):
+        """Action tokens of an answer: K A."""
+        return self.chunk * self.dimensions
+
+    @property
+    def form(self):
+        """What the lengths of examples depend on, beside the data (lengths.py)."""
+        return (self.chunk,) if self.chunk > 1 else ()
 
     def key(self, name=""):
         """The dataset whose units are meant: the only one, or the named one."""
@@ -105,14 +118,16 @@ class ActionTokens:
 
     def saved(self):
         """What a checkpoint keeps. `statistics` is OpenVLA's dataset_statistics.json."""
-        return {"end": self.end, "bins": BINS, "statistics": self.statistics, "pictures": self.pictures}
+        return {"end": self.end, "bins": BINS, "statistics": self.statistics, "pictures": self.pictures,
+                "chunk": self.chunk}
 
     @classmethod
     def load(cls, saved):
         """Raises UserError where it is not what `saved` gives."""
         try:
-            policy = cls(saved["end"], saved["statistics"], saved.get("pictures"))
+            policy = cls(saved["end"], saved["statistics"], saved.get("pictures"), saved.get("chunk", 1))
             sound = (BINS <= policy.end <= 10 ** 7 and 1 <= policy.dimensions <= 1000
+                     and type(policy.chunk) is int and 1 <= policy.chunk <= 1000
                      and (policy.pictures is None or 1 <= policy.pictures <= 100))
             for low, high, mask in map(policy._range, policy.statistics):
                 sound &= low.shape == high.shape == mask.shape == (policy.dimensions,) and mask.dtype == bool
@@ -140,21 +155,32 @@ class ActionTokens:
             weight[self.end - BINS:self.end] = rows.flip(0).to(weight)
 
     def measure(self, batch, predicted):
-        """A batch and its predicted tokens (S,) -> (1 + 2 A,) sums: examples;
-        per dimension, right action tokens; per dimension, |error| in physical units."""
+        """A batch and its predicted tokens (S,) -> (K + 2 K A,) sums. For each place in the chunk: examples
+        that have an action there; per dimension, right tokens; per dimension, |error| in physical units."""
         targets = batch["labels"][:, 1:]
-        size = (len(targets), self.dimensions + 1)      # each example supervises its action and the end token
-        wanted, got = (ids.view(size)[:, :-1].numpy()
-                       for ids in (targets[targets != IGNORE], predicted.cpu()))
+        guessed = targets.clone()
+        guessed[targets != IGNORE] = predicted.cpu()
+        # A row ends with its actions and the end token. Label t + 1 is target t.
+        first = batch["attention_mask"].sum(1) - self.length - 2                            # (B,)
+        at = first[:, None] + torch.arange(self.length)
+        wanted, got = (ids.gather(1, at).view(-1, self.chunk, self.dimensions).numpy()
+                       for ids in (targets, guessed))
+        there = wanted != IGNORE                            # not behind the end of the episode
         error = [np.abs(self.decode(g, key) - self.decode(w, key))
                  for g, w, key in zip(got, wanted, batch["sources"])]
-        return torch.tensor([len(targets), *(got == wanted).sum(0), *np.sum(error, axis=0)],
-                            dtype=torch.float64)
+        sums = there[..., 0], there & (got == wanted), there * error
+        return torch.tensor(np.concatenate([each.sum(0).ravel() for each in sums]), dtype=torch.float64)
 
     def metrics(self, scores):
-        """`measure`'s sums -> the mean accuracy; accuracy and L1 error of each dimension."""
-        each = np.array(scores[1:]).reshape(2, self.dimensions) / scores[0]
-        return {"accuracy": each[0].mean(), "accuracies": each[0].tolist(), "l1": each[1].tolist()}
+        """`measure`'s sums -> the mean accuracy; accuracy and L1 error of each dimension. In a chunk also the
+        L1 errors at each place, None where no example has an action."""
+        there, each = np.array(scores[:self.chunk]), np.array(scores[self.chunk:])
+        each = each.reshape(2, self.chunk, self.dimensions)
+        accuracies, l1 = each.sum(1) / there.sum()
+        found = {"accuracy": accuracies.mean(), "accuracies": accuracies.tolist(), "l1": l1.tolist()}
+        if self.chunk > 1:
+            found["l1_by_place"] = [(e / n).tolist() if n else None for n, e in zip(there, each[1])]
+        return found
 
     def _range(self, key):
         of = self.statistics[key]["action"]
@@ -201,7 +227,8 @@ def is_number(value):
 
 
 class Episodes(Conversations):
-    """A file of episodes. Each step is an example: a picture, the instruction, an action in place of a reply.
+    """A file of episodes. Each step is an example: a picture, the instruction, and in place of a reply the
+    actions from this step on, K of them. Behind the end of the episode the last one is repeated, unlearned.
 
     policy: ActionTokens. It must know this file's units (`learn_units`) before examples are read.
     """
@@ -237,11 +264,35 @@ class Episodes(Conversations):
         here = episode["steps"][step]
         images = [here["image"]] if isinstance(here["image"], str) else here["image"]
         question = "<image>\n" * len(images) + self.policy.question(episode["instruction"])
-        return {"id": f"{episode.get('id')}/{step}", "image": images, "action": here.get("action"),
+        actions = [each.get("action") for each in episode["steps"][step:step + self.policy.chunk]]
+        return {"id": f"{episode.get('id')}/{step}", "image": images, "actions": actions,
                 "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]}
 
     def reply(self, row):
-        return self.policy.encode(row["action"], self.name).tolist()
+        actions = row["actions"] + row["actions"][-1:] * self._repeats(row)
+        return self.policy.encode(actions, self.name).ravel().tolist()
+
+    def _repeats(self, row):
+        """How many places of a chunk lie behind the end of the episode."""
+        return self.policy.chunk - len(row["actions"])
+
+    def tokens(self, row, ask=False):
+        input_ids, labels = super().tokens(row, ask)
+        if not ask:
+            self._check_whole(labels)
+            unlearned = self._repeats(row) * self.policy.dimensions
+            labels[-1 - unlearned:-1] = [IGNORE] * unlearned
+        return input_ids, labels
+
+    def _length(self, pieces, texts):
+        input_ids, labels = assemble(pieces, texts, self.language.bos, self.pictures.patches, self.max_length)
+        self._check_whole(labels)
+        return len(input_ids)
+
+    def _check_whole(self, labels):
+        if sum(label != IGNORE for label in labels) <= self.policy.length:         # and the end token
+            raise BadExample(f"it takes more than --max_length {self.max_length} positions, so its actions "
+                             "would be cut. Raise --max_length")
 
     def check(self):
         """Held-out episodes: whether the policy can act on them. Raises UserError."""
@@ -260,6 +311,15 @@ class Episodes(Conversations):
         """(n,) bool: which examples are the first step of their episode."""
         return self.places[:, 2] == 0
 
+    def chunks(self):
+        """-> (n, K, A) the actions from each step on, the last of an episode repeated behind its end;
+        (n, K) bool: which ones are not repeated."""
+        actions, starts = self.actions(), np.flatnonzero(self.first_steps())
+        ends = np.append(starts[1:], len(actions))
+        ends = np.repeat(ends, ends - starts)[:, None]                                      # (n, 1)
+        at = np.arange(len(actions))[:, None] + np.arange(self.policy.chunk)                # (n, K)
+        return actions[np.minimum(at, ends - 1)], at < ends
+
     def actions(self):
         """(n, A) all actions of the file, in its order. No picture is opened."""
         actions = []
@@ -277,7 +337,7 @@ class Episodes(Conversations):
 
 def open_episodes(cfg, language, about):
     """The files of stage vla as train.py reads them -> how their actions become tokens, a dataset of each."""
-    policy = ActionTokens(end_of_actions(language.tokenizer), {})
+    policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=cfg.chunk)
     files = [Episodes(path, *about, policy, cfg.skip_bad_examples) for path in cfg.train_json.split(",")]
     for file in files:
         policy.learn_units(file, [int(d) for d in cfg.kept_dimensions])

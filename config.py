@@ -135,6 +135,7 @@ class Config:
         False, "replace an example that can't be read by the next good one, and count it, "
         "instead of stopping")
     num_workers: int = knob(4, "processes that read data, per GPU; 0 = none")
+    chunk: int = knob(1, "vla: actions of an answer, this step's and those of the steps behind it", "steps")
     keep_dimensions: str = knob(
         "", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
     augment: bool = knob(
@@ -205,7 +206,8 @@ LIMITS = {"global_batch_size": (1, 10 ** 6), "per_device_batch_size": (1, 10 ** 
           "val_every": (0, 10 ** 9), "val_examples": (0, 10 ** 9),
           "seed": (0, 2 ** 32 - 1), "profile": (0, 1000), "learning_rate": (0, 1e30),
           "weight_decay": (0, 1e3), "warmup_ratio": (0, 1), "max_grad_norm": (1e-30, 1e30),
-          "lora_rank": (0, 10 ** 4), "lora_alpha": (1, 10 ** 6), "lora_dropout": (0, 0.99)}
+          "lora_rank": (0, 10 ** 4), "lora_alpha": (1, 10 ** 6), "lora_dropout": (0, 0.99),
+          "chunk": (1, 1000)}
 
 
 def check_types(cfg):

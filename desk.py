@@ -30,7 +30,7 @@ class Job:
     key: str | None                         # the dataset whose units an action is in; None = words
     streams: bool                           # the thread wants to see the answer grow
     news: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)      # the ids so far; None = the end
-    answer: object = None                   # ids, an action (A,), or an exception
+    answer: object = None                   # ids, actions (K, A), or an exception
     gone: bool = False                      # nobody waits any more
 
 
@@ -38,7 +38,7 @@ class Desk:
     def __init__(self, ckpt, batch_size, max_new_tokens):
         self.assistant, self.batch_size = Assistant(ckpt), batch_size
         policy, llm = self.assistant.policy, self.assistant.model.llm
-        self.max_new_tokens = policy.dimensions if policy else max_new_tokens
+        self.max_new_tokens = policy.length if policy else max_new_tokens
         known = getattr(llm.config, "max_position_embeddings", None) or 10 ** 9
         self.longest = known - self.max_new_tokens          # so no neighbor in a batch can cut an answer
         if self.longest < 1:
@@ -128,8 +128,8 @@ class Desk:
 
         examples, end = [job.example for job in jobs], self.assistant.language.end_id
         if self.assistant.policy:
-            for job, action in zip(jobs, self.assistant.act_on(examples, jobs[0].key)):
-                self._finish(job, action)
+            for job, actions in zip(jobs, self.assistant.act_on(examples, jobs[0].key)):
+                self._finish(job, actions)
         else:
             with torch.inference_mode():
                 rows = self.assistant.answer_ids(examples, max(job.limit for job in jobs),

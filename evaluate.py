@@ -246,28 +246,33 @@ def cell(result, data, blank_images):
 
 def open_loop(assistant, data, cfg):
     """Mean |error| of the policy's actions on recorded steps, per dimension, beside two policies that do not
-    look: always the mean action of the training data; always what was done one step before."""
-    wanted, key = data.actions()[:cfg.max_examples or None], assistant.policy.key(cfg.unnorm_key)
+    look: always the mean action of the training data; always what was done one step before. Of chunks, the
+    mean over all their places, and for each place."""
+    wanted, there = (of[:cfg.max_examples or None] for of in data.chunks())     # (n, K, A), (n, K)
+    key = assistant.policy.key(cfg.unnorm_key)
     data.check()
     acted, unread = [], []
     for batch in batches(data.question, list(range(len(wanted))), assistant, cfg, unread):
         actions = assistant.act_on([example for _, example in batch], key)
-        acted += [(i, action) for (i, _), action in zip(batch, actions)]
-    got, unread = np.full_like(wanted, np.nan), of_all_ranks(unread)    # (n, A); nan where one can't be read
-    for i, action in of_all_ranks(acted):
-        got[i] = action
+        acted += [(i, chunk) for (i, _), chunk in zip(batch, actions)]
+    got, unread = np.full_like(wanted, np.nan), of_all_ranks(unread)    # nan where one can't be read
+    for i, chunk in of_all_ranks(acted):
+        got[i] = chunk
     mean = np.broadcast_to(assistant.policy.statistics[key]["action"]["mean"], wanted.shape)
-    first = data.first_steps()[:len(wanted), None]
-    before = np.where(first, mean, np.roll(wanted, 1, axis=0))
-    read = ~np.isnan(got).any(1)
+    first = data.first_steps()[:len(wanted), None, None]
+    before = np.where(first, mean, np.roll(wanted[:, :1], 1, axis=0))                       # (n, K, A)
+    read = ~np.isnan(got).any((1, 2))
     if not read.any():
         return {"count": 0}, unread
-    errors = {name: np.abs(guess - wanted)[read].mean(0).tolist() for name, guess in
+    there &= read[:, None]
+    errors = {name: np.abs(guess - wanted)[there].mean(0).tolist() for name, guess in
               (("policy", got), ("mean action", mean), ("action before", before))}
+    for k in np.flatnonzero(there.any(0)).tolist() if there.shape[1] > 1 else ():
+        errors[f"policy, place {k + 1}"] = np.abs(got - wanted)[there[:, k], k].mean(0).tolist()
     if dist.get_rank() == 0:
         print("mean |error| in physical units, for each dimension and over all")
         for name, error in errors.items():
-            print(f"{name:<16}", " ".join(f"{e:8.4f}" for e in error), f"| {np.mean(error):8.4f}")
+            print(f"{name:<17}", " ".join(f"{e:8.4f}" for e in error), f"| {np.mean(error):8.4f}")
     return {"l1": errors, "count": int(read.sum())}, unread
 
 

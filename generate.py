@@ -2,7 +2,7 @@
 
     python generate.py --ckpt runs/toy-finetune-x7 --image picture.png --prompt "What shape is red?"
 
-A policy (stage vla) gets an instruction for a prompt and prints an action:
+A policy (stage vla) gets an instruction for a prompt and prints an action, with --chunk a line for each:
 
     python generate.py --ckpt runs/toy-vla-x7 --image picture.png --prompt "put the red circle on the star"
 
@@ -116,7 +116,8 @@ class Assistant:
 
     def act(self, pictures, instructions, key=""):
         """Pictures (one list of PIL RGB per robot) and instructions
-        -> actions (n, A) in physical units. Greedy.
+        -> actions (n, K, A) in physical units, K of a chunk: in the order in which they are to be done.
+        Greedy.
 
         key: the dataset whose units are meant; not needed where the policy knows only one.
         """
@@ -126,19 +127,19 @@ class Assistant:
 
     @torch.inference_mode()
     def act_on(self, examples, key=""):
-        """Examples of one step each, as `dataset` gives them -> actions (n, A)."""
-        key = self.policy.key(key)
-        return self.policy.decode(self.action_ids(examples), key)
+        """Examples of one step each, as `dataset` gives them -> actions (n, K, A)."""
+        key, policy = self.policy.key(key), self.policy
+        return policy.decode(self.action_ids(examples).reshape(-1, policy.chunk, policy.dimensions), key)
 
     def action_ids(self, examples):
-        """-> (n, A) the likeliest action token, A times. A policy can't answer in words: of the logits only
-        those of the 256 actions are looked at."""
+        """-> (n, K A) the likeliest action token, K A times. A policy can't answer in words: of the logits
+        only those of the 256 actions are looked at."""
         policy, llm = self.policy, self.model.llm
-        x, mask, _ = self.embed(examples, policy.dimensions, policy.dimensions)         # (B, T, D), (B, T)
+        x, mask, _ = self.embed(examples, policy.length, policy.length)         # (B, T, D), (B, T)
         positions = (mask.cumsum(1) - 1).clamp_min(0).to(self.device)   # padding on the left is not counted
         mask = None if mask.all() else mask.to(self.device)             # without one, attention is faster
         head, cache, ids = llm.get_output_embeddings(), None, []
-        for _ in range(policy.dimensions):
+        for _ in range(policy.length):
             out = llm.base_model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
                                  past_key_values=cache, use_cache=True)
             logits = head(out.last_hidden_state[:, -1])[:, policy.ids[0]:policy.end]        # (B, 256)
@@ -230,8 +231,8 @@ def main(cfg):
         prompt = next(questions(cfg))
         assistant.act([images], [prompt], cfg.unnorm_key)           # the first call is slow: memory, kernels
         began = time.perf_counter()
-        action = assistant.act([images], [prompt], cfg.unnorm_key)[0]
-        print(" ".join(f"{value:.4f}" for value in action),
+        actions = assistant.act([images], [prompt], cfg.unnorm_key)[0]                  # (K, A)
+        print("\n".join(" ".join(f"{value:.4f}" for value in action) for action in actions),
               f"({(time.perf_counter() - began) * 1000:.0f} ms)")
         return
     torch.manual_seed(cfg.seed)

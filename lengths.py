@@ -26,6 +26,8 @@ class Store:
         h.update(repr((rules, language.prompt, language.bos, language.captions, language.place,
                        data.pictures.patches, data.max_length, tokenizer.eos_token, language.rows,
                        type(data).__name__, VERSION)).encode())
+        if getattr(data, "policy", None):                   # episodes
+            h.update(repr(data.policy.form).encode() * bool(data.policy.form))
         self.path = data.path
         self.file = data.path.with_name(f".{data.path.name}.{h.hexdigest()[:16]}.lengths.npy")
         self.unfinished = self.file.with_suffix(".counting.npy")

@@ -130,11 +130,12 @@ def shown(asked):
             for each in (asked[name] if isinstance(asked[name], list) else [asked[name]])]
 
 
-def write_act(asked, action):
-    """The action in the manner of the question: an array for an array, plain numbers for base64; for OFT's
-    clients a list of actions, in the order in which they are to be done."""
+def write_act(asked, actions):
+    """Actions (K, A) in the manner of the question: arrays for an array, plain numbers for base64. OFT's
+    clients, who send `full_image`, get a list of all, in the order in which they are to be done; all others
+    the first one."""
     form = as_numpy if isinstance(shown(asked)[0], dict) else np.ndarray.tolist
-    return [form(each) for each in np.atleast_2d(action)] if "full_image" in asked else form(action)
+    return [form(each) for each in actions] if "full_image" in asked else form(actions[0])
 
 
 def numpy_picture(sent):

@@ -41,7 +41,7 @@ def main(ckpt, rollouts, steps):
     assistant = Assistant(ckpt)
     for instruction, name in TASKS.items():
         expert = ENV_POLICY_MAP[name]()
-        policies = {"policy": lambda picture, known: assistant.act([[picture]], [instruction])[0],
+        policies = {"policy": lambda picture, known: assistant.act([[picture]], [instruction])[0, 0],
                     "expert": lambda picture, known: expert.get_action(known)}
         for who, act in policies.items():
             done = 0

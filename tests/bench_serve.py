@@ -38,7 +38,7 @@ def questions(assistant, count):
         if assistant.policy:
             text = data.stored(i)[0]["instruction"]
             asked.append(("/act", {"image": sent, "instruction": text},
-                          assistant.act([opened], [text])[0].tolist()))
+                          assistant.act([opened], [text])[0, 0].tolist()))
         else:
             text = turns_of(data.row(i))[0]["value"]
             parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{each}"}}

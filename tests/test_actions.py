@@ -242,7 +242,7 @@ def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, t
     assistant = Assistant(run)
     seen = [[Image.open(robot / "images" / f"{e}_0.png").convert("RGB")] for e in (0, 5, 11)]
     actions = assistant.act(seen, ["show it"] * 3)
-    assert actions.shape == (3, 2)
+    assert actions.shape == (3, 1, 2)                       # robots, actions of a chunk, dimensions
     low, high = (np.array(state["actions"]["statistics"]["lamp"]["action"][q]) for q in ("q01", "q99"))
     assert (actions >= low).all() and (actions <= high).all()
     for i in range(3):                                      # batched = one by one
@@ -250,7 +250,7 @@ def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, t
     command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
                "--prompt", "Show it."]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.fullmatch(rf"{actions[1][0]:.4f} {actions[1][1]:.4f} \(\d+ ms\)\n", printed)
+    assert re.fullmatch(rf"{actions[1, 0, 0]:.4f} {actions[1, 0, 1]:.4f} \(\d+ ms\)\n", printed)
 
 
 def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, base, tmp_path, capsys):

@@ -594,7 +594,7 @@ def test_openvla_becomes_a_policy_with_its_units_and_goes_out_with_the_same_tens
     assert policy.policy.end == base and list(policy.policy.statistics) == ["bridge"]
     assert policy.transforms[0].mean.flatten().tolist() == [0.484375, 0.455078125, 0.40625]
     action = policy.act([[picture((30, 20))]], ["Pick up the cup."])
-    assert action.shape == (1, 2) and (-1 <= action[0, 0] <= 1) and (0 <= action[0, 1] <= 4)
+    assert action.shape == (1, 1, 2) and (-1 <= action[0, 0, 0] <= 1) and (0 <= action[0, 0, 1] <= 4)
     example = policy.example(policy.policy.question("Pick up the Cup."), [picture((30, 20))])
     text = policy.language.tokenizer.decode([i for i in example["input_ids"].tolist() if i != IMAGE])
     assert text == "<s> In: What action should the robot take to pick up the cup?\nOut: "

@@ -407,7 +407,7 @@ def unpacked(sent):
 def test_act_answers_in_the_manner_of_the_question(policy, arm, folder):
     """OpenVLA's, OFT's, base64, and JSON inside of JSON: all equal Assistant.act, to the bit."""
     front, wrist = (Image.open(folder / f"{i}.png").convert("RGB") for i in (0, 1))
-    one, two = (arm.act([pictures], ["Push it"], "left")[0] for pictures in ([front], [front, wrist]))
+    one, two = (arm.act([pictures], ["Push it"], "left")[0, 0] for pictures in ([front], [front, wrist]))
     arrays = [packed(np.array(picture)) for picture in (front, wrist)]
     files = [base64.b64encode((folder / f"{i}.png").read_bytes()).decode() for i in (0, 1)]
     task = {"instruction": "Push it", "unnorm_key": "left"}
@@ -427,7 +427,7 @@ def test_act_answers_in_the_manner_of_the_question(policy, arm, folder):
     twice = act(encoded=json.dumps({"image": arrays[0], **task}))
     assert isinstance(twice, str) and np.array_equal(unpacked(json.loads(twice)), one)
     right = act(image=files[0], instruction="Push it", unnorm_key="right")
-    assert right == arm.act([[front]], ["Push it"], "right")[0].tolist() != one.tolist()
+    assert right == arm.act([[front]], ["Push it"], "right")[0, 0].tolist() != one.tolist()
 
 
 def test_json_numpy_and_requests_talk_to_it_as_openvla_and_oft_do(policy, arm, folder):
@@ -442,7 +442,7 @@ def test_json_numpy_and_requests_talk_to_it_as_openvla_and_oft_do(policy, arm, f
         assert answer.status_code == 200, answer.text
         return json_numpy.loads(answer.text)
 
-    one, two = (arm.act([each], ["Push it"], "right")[0] for each in (pictures[:1], pictures))
+    one, two = (arm.act([each], ["Push it"], "right")[0, 0] for each in (pictures[:1], pictures))
     action = post({"image": front, **task})
     assert action.dtype == np.float64 and np.array_equal(action, one)
     twice = post({"encoded": json_numpy.dumps({"image": front, **task})})
@@ -453,7 +453,7 @@ def test_json_numpy_and_requests_talk_to_it_as_openvla_and_oft_do(policy, arm, f
 
 def test_robots_that_ask_together_get_their_own_actions_in_their_own_units(policy, arm, folder):
     asked = [(i, key) for i in range(5) for key in ("left", "right")] * 3
-    want = {(i, key): arm.act([[Image.open(folder / f"{i}.png").convert("RGB")]], ["go"], key)[0].tolist()
+    want = {(i, key): arm.act([[Image.open(folder / f"{i}.png").convert("RGB")]], ["go"], key)[0, 0].tolist()
             for i, key in asked}
     with ThreadPoolExecutor(30) as robots:
         got = list(robots.map(lambda each: policy.say("POST", ACT, {
@@ -655,7 +655,7 @@ def test_a_policy_acts_on_the_page_of_a_phone(policy, arm, folder):
         page.until("pictures.length == 1")
         page.run("at('key').value = 'right'; at('ask').click()")
         page.until("document.querySelectorAll('.value').length == 3")
-        want = arm.act([[Image.open(folder / "2.png").convert("RGB")]], ["Push it."], "right")[0]
+        want = arm.act([[Image.open(folder / "2.png").convert("RGB")]], ["Push it."], "right")[0, 0]
         assert page.run("[...document.querySelectorAll('.value')].map(value => value.textContent)") == [
             f"{value:.4f}" for value in want]
         assert page.run("document.documentElement.scrollWidth") <= 360

@@ -46,6 +46,8 @@ class RobotConfig:
     episodes: int = knob(4000, "how many to write for training", "episodes")
     ckpt: str = knob("", "run folder or step folder of a policy: it acts, and no episodes are written")
     rollouts: int = knob(100, "with --ckpt: unseen scenes of each kind, in which the policy acts", "episodes")
+    execute: int = knob(
+        0, "with --ckpt: how many actions of a chunk are done before the policy is asked again; 0 = all of it")
     batch_size: int = knob(50, "with --ckpt: pictures that the policy is asked about at once", "pictures")
     unnorm_key: str = knob(
         "", "with --ckpt: the dataset whose units the actions are in; needed if the policy knows several")
@@ -59,10 +61,11 @@ class RobotConfig:
     def __post_init__(self):
         if not self.ckpt:
             world.check_folder(self.folder, ("val", "train"))
-        check_limits(self, {"episodes": (1, 10 ** 7), "rollouts": (1, 10 ** 6), "batch_size": (1, 10 ** 5)})
+        check_limits(self, {"episodes": (1, 10 ** 7), "rollouts": (1, 10 ** 6), "batch_size": (1, 10 ** 5),
+                            "execute": (0, 1000)})
         # Otherwise --rollouts without --ckpt would write thousands of episodes, which nobody asked for.
         unread = ("folder", "seed", "episodes") if self.ckpt else (
-            "rollouts", "batch_size", "unnorm_key", "wrong_instruction", "blank_images", "out")
+            "rollouts", "execute", "batch_size", "unnorm_key", "wrong_instruction", "blank_images", "out")
         for f in fields(self):
             if f.name in unread and getattr(self, f.name) != f.default:
                 raise UserError(f"--{f.name} is of no use {'with' if self.ckpt else 'without'} --ckpt: "
@@ -253,6 +256,7 @@ def swapped(task):
 
 def rollout(policy, count, unseen=False, swap=False, seed=1000):
     """Lets `policy(pictures, instructions) -> (n, 3)` act on `count` tables, each until done or time is up.
+    Or (n, K, 3): K actions that are done one after the other, and meanwhile nothing is asked.
 
     No layout is one of training's; `unseen`: nor is a pair of thing and target. `swap`: the policy is told
     the task the other way round; when that is done, the table ends, too. Returns a dict per table:
@@ -262,14 +266,16 @@ def rollout(policy, count, unseen=False, swap=False, seed=1000):
     rngs = [random.Random(seed + i) for i in range(count)]  # table i is the same for any count
     tables = [Table(random_task(rng, kind), rng) for rng in rngs]
     told = [swapped(table.task) if swap else table.task for table in tables]
-    films, running = [[] for _ in tables], list(range(count))
+    films, running, plans = [[] for _ in tables], list(range(count)), {}
     for _ in range(MOST_STEPS):
         pictures = [tables[i].picture() for i in running]
         for i, picture in zip(running, pictures):
             films[i].append(picture)
-        actions = policy(pictures, [str(told[i]) for i in running])
-        for i, action in zip(running, actions):
-            tables[i].step(inexact(action, rngs[i]))
+        if not plans.get(running[0]):                       # all of them, then: plans are equally long
+            actions = policy(pictures, [str(told[i]) for i in running])
+            plans = {i: list(np.reshape(chunk, (-1, 3))) for i, chunk in zip(running, actions)}
+        for i in running:
+            tables[i].step(inexact(plans[i].pop(0), rngs[i]))
         running = [i for i in running if not (tables[i].success() or tables[i].success(told[i]))]
         if not running:
             break
@@ -303,9 +309,10 @@ def success_rates(assistant, cfg):
     def policy(pictures, instructions):
         if cfg.blank_images:
             pictures = [Image.new("RGB", picture.size) for picture in pictures]
-        return np.concatenate([assistant.act([[picture] for picture in pictures[i:i + cfg.batch_size]],
-                                             instructions[i:i + cfg.batch_size], cfg.unnorm_key)
-                               for i in range(0, len(pictures), cfg.batch_size)])
+        chunks = [assistant.act([[picture] for picture in pictures[i:i + cfg.batch_size]],
+                                instructions[i:i + cfg.batch_size], cfg.unnorm_key)
+                  for i in range(0, len(pictures), cfg.batch_size)]
+        return np.concatenate(chunks)[:, :cfg.execute or None]                              # (n, E, 3)
     scores, shown = {}, []
     for kind, unseen in (("unseen layouts", False), ("unseen pairs", True)):
         results = rollout(policy, cfg.rollouts, unseen, cfg.wrong_instruction)
@@ -326,6 +333,9 @@ def let_act(cfg):
     if assistant.policy.dimensions != 3:
         raise UserError(f"--ckpt {cfg.ckpt}: its actions have {assistant.policy.dimensions} dimensions, "
                         "those of this robot 3. It is the policy of another robot")
+    if cfg.execute and cfg.execute > assistant.policy.chunk:
+        raise UserError(f"--execute {cfg.execute}: this policy answers with {assistant.policy.chunk} actions "
+                        "(--chunk of its training). Give no more than that")
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "rollouts.json"
     check_writable(out)
     scores, shown = success_rates(assistant, cfg)
