@@ -32,10 +32,10 @@ def episodes(count=3, steps=4, dimensions=3):
         for e in range(count)]
 
 
-def policy_and_data(folder, rows, kind="llama", **how):
+def policy_and_data(folder, rows, kind="llama", chunk=1, **how):
     picture(folder / "a.png")
     language = Language(make_tokenizer(kind, filler=300), PROMPTS["plain"])
-    policy = ActionTokens(end_of_actions(language.tokenizer), {})
+    policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=chunk)
     data = dataset(folder, rows, language, policy=policy, **how)
     policy.learn_units(data)
     return policy, data
@@ -191,6 +191,69 @@ def test_the_score_is_the_error_in_physical_units(tmp_path):
             == pytest.approx([2 / 3, 2 / 3, 1]))
 
 
+# ---- chunks ----
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_ends_with_its_episode_and_no_repeat_is_learned(tmp_path, kind):
+    """Episodes of 4 steps, chunks of 3: step 1 has its three actions, step 2 two, step 3 one."""
+    policy, data = policy_and_data(tmp_path, episodes(), kind, chunk=3)
+    ids = [policy.encode(step["action"], "d").tolist() for step in episodes()[1]["steps"]]
+    end, no = [data.language.end_id], [IGNORE] * 3
+    for step, said, learned in (
+            (1, ids[1] + ids[2] + ids[3], ids[1] + ids[2] + ids[3]),
+            (2, ids[2] + ids[3] + ids[3], ids[2] + ids[3] + no),
+            (3, ids[3] * 3, ids[3] + no + no)):
+        example = data[4 + step]
+        assert example["input_ids"].tolist()[-10:] == said + end
+        assert example["labels"].tolist()[-10:] == learned + end
+        assert example["input_ids"].tolist()[:-10] == data.question(4 + step)["input_ids"].tolist()
+        assert set(example["labels"].tolist()[:-10]) == {IGNORE}
+    assert data.lengths()[0].tolist() == [len(data[i]["input_ids"]) for i in range(12)]
+    actions, there = data.chunks()
+    assert actions.shape == (12, 3, 3) and there.sum(1).tolist() == [3, 3, 2, 1] * 3
+    assert actions[6].tolist() == [episodes()[1]["steps"][i]["action"] for i in (2, 3, 3)]
+
+
+def test_lengths_of_single_actions_are_not_taken_for_those_of_chunks(tmp_path):
+    for chunk in (1, 3, 1):
+        data = policy_and_data(tmp_path, episodes(), chunk=chunk)[1]
+        assert data.lengths()[0][0] == len(data[0]["input_ids"])
+        assert (data.lengths()[0] == len(data.question(0)["input_ids"]) + 3 * chunk + 1).all()
+
+
+def test_actions_that_max_length_would_cut_are_refused(tmp_path):
+    whole = len(policy_and_data(tmp_path, episodes(), chunk=3)[1][0]["input_ids"])
+    data = policy_and_data(tmp_path, episodes(), chunk=3, max_length=whole)[1]
+    assert not isinstance(data[0], BadExample) and (data.lengths()[0] == whole).all()
+    data = policy_and_data(tmp_path, episodes(), chunk=3, max_length=whole - 1)[1]
+    message = f"it takes more than --max_length {whole - 1} positions, so its actions would be cut"
+    assert message in str(data[0])
+    with pytest.raises(BadExample, match=message):
+        data.lengths()
+
+
+def test_errors_are_told_for_each_place_of_a_chunk(tmp_path):
+    """Two examples, steps 0 and 3 of an episode: two actions at the first place, one at each other."""
+    policy, data = policy_and_data(tmp_path, episodes(), chunk=3)
+    batch = collate([data[0], data[3]])
+    targets = batch["labels"][:, 1:]
+    predicted = targets[targets != IGNORE].clone()          # 9 actions' tokens, end, 3 actions' tokens, end
+    assert len(predicted) == 14
+    predicted[0] += 10                                      # place 1, dimension 0, ten bins lower
+    predicted[8] += 20                                      # place 3, dimension 2
+    metrics = policy.metrics(policy.measure(batch, predicted).tolist())
+    of = policy.statistics["d"]["action"]
+    width = (np.array(of["q99"]) - of["q01"]) / 255
+    assert metrics["accuracies"] == pytest.approx([3 / 4, 1, 3 / 4])
+    assert metrics["accuracy"] == pytest.approx(10 / 12)
+    assert metrics["l1"] == pytest.approx([10 * width[0] / 4, 0, 20 * width[2] / 4])
+    assert metrics["l1_by_place"] == [pytest.approx([10 * width[0] / 2, 0, 0]), [0, 0, 0],
+                                      pytest.approx([0, 0, 20 * width[2]])]
+    last = collate([data[3]])
+    assert policy.metrics(policy.measure(last, last["labels"][last["labels"] != IGNORE]).tolist())[
+        "l1_by_place"] == [[0, 0, 0], None, None]           # nothing was there: no error, and no zero
+
+
 # ---- the stage ----
 
 @pytest.fixture(scope="module")
@@ -267,6 +330,37 @@ def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, b
     first = 23.5 / 48 + (23.5 - 4) / 48                     # there is no action before: the mean one counts
     assert scores["l1"]["action before"] == pytest.approx([(first + 4 / 48) / 6] * 2)
     assert "mean action" in capsys.readouterr().out
+
+
+def test_a_policy_of_chunks_trains_acts_and_is_scored_at_each_place(robot, base, tmp_path, capsys):
+    from evaluate import EvaluateConfig, open_loop
+    from generate import Assistant
+    metrics, run, _ = train_robot(robot, base, tmp_path, "--max_steps", "12", "--chunk", "3")
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert [len(place) for place in metrics[0]["l1_by_place"]] == [2, 2, 2]
+    assert all(8 * 3 <= line["tokens"] <= 8 * 7 for line in metrics)        # 1 to 3 actions, and the end
+    assistant = Assistant(run)
+    seen = [[Image.open(robot / "images" / f"{e}_0.png").convert("RGB")] for e in (0, 5, 11)]
+    actions = assistant.act(seen, ["show it"] * 3)
+    assert actions.shape == (3, 3, 2)
+    for i in range(3):                                      # batched = one by one
+        assert (assistant.act(seen[i:i + 1], ["show it"])[0] == actions[i]).all()
+    data = assistant.dataset(robot / "lamp.json", robot / "images")
+    with world_of_one():
+        scores, unread = open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x", batch_size=20))
+    wanted, there = data.chunks()
+    error = np.abs(assistant.act_on([data.question(i) for i in range(48)]) - wanted)
+    assert not unread and scores["count"] == 48
+    assert scores["l1"]["policy"] == pytest.approx(error[there].mean(0))
+    for k in range(3):
+        assert scores["l1"][f"policy, place {k + 1}"] == pytest.approx(error[there[:, k], k].mean(0))
+    # What was done before the chunk: at its places 1, 2, 3 that is 1, 2, 3 steps ago, and 1/48 each.
+    assert scores["l1"]["action before"][0] > 1.5 / 48
+    assert "policy, place 3" in capsys.readouterr().out
+    printed = subprocess.run(
+        [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png", "--prompt",
+         "Show it."], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"(-?\d\.\d{4} -?\d\.\d{4}\n){2}-?\d\.\d{4} -?\d\.\d{4} \(\d+ ms\)\n", printed)
 
 
 def test_the_check_of_a_file_understands_episodes(robot, capsys):
@@ -369,6 +463,7 @@ def test_a_policy_does_not_act_on_another_number_of_pictures(tmp_path):
 
 @pytest.mark.parametrize("wrong", [
     {"end": 10}, {"end": "x"}, {"end": 10 ** 9}, {"statistics": {}}, {"statistics": []}, {"pictures": 0},
+    {"chunk": 0}, {"chunk": True}, {"chunk": 2.0}, {"chunk": 10 ** 6},
     {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [float("nan")], "mask": [True]}}}},
     {"statistics": {"arm": {"action": {"q01": [-1.0, 0.0], "q99": [1.0], "mask": [True]}}}},
     {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [1.0]}}}}])

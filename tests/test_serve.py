@@ -30,6 +30,7 @@ from transformers import AutoConfig
 
 import checkpoint
 import desk
+import protocols
 import serve
 from actions import ActionTokens, end_of_actions
 from config import BadExample, Config, UserError
@@ -428,6 +429,16 @@ def test_act_answers_in_the_manner_of_the_question(policy, arm, folder):
     assert isinstance(twice, str) and np.array_equal(unpacked(json.loads(twice)), one)
     right = act(image=files[0], instruction="Push it", unnorm_key="right")
     assert right == arm.act([[front]], ["Push it"], "right")[0, 0].tolist() != one.tolist()
+
+
+def test_of_a_chunk_oft_gets_all_and_everybody_else_the_first():
+    chunk = np.arange(6.0).reshape(2, 3)
+    array = packed(np.zeros((4, 4, 3), np.uint8))
+    assert [unpacked(each).tolist() for each in protocols.write_act({"full_image": array}, chunk)] == [
+        [0, 1, 2], [3, 4, 5]]
+    assert unpacked(protocols.write_act({"image": array}, chunk)).tolist() == [0, 1, 2]
+    assert protocols.write_act({"full_image": "iVBOR"}, chunk) == [[0, 1, 2], [3, 4, 5]]
+    assert protocols.write_act({"image": "iVBOR"}, chunk) == [0, 1, 2]
 
 
 def test_json_numpy_and_requests_talk_to_it_as_openvla_and_oft_do(policy, arm, folder):

@@ -104,6 +104,40 @@ def test_in_a_rollout_a_move_misses_by_the_noise_and_the_grip_does_not(monkeypat
     assert (moves[:, 2] == 1).all()
 
 
+@pytest.mark.parametrize("execute", [1, 3, 4])
+def test_in_a_rollout_the_actions_of_a_chunk_are_done_in_their_order(execute, monkeypatch):
+    asked, seen = [], []
+    monkeypatch.setattr(robot, "inexact", lambda action, rng: action)
+    monkeypatch.setattr(Table, "step", lambda table, action: seen.append(action.tolist()))
+
+    def policy(pictures, _):
+        asked.append(len(pictures))
+        return np.tile(np.arange(execute)[:, None] + [0, 10, 20], (len(pictures), 1, 1))        # (n, E, 3)
+
+    results = rollout(policy, 2)
+    assert asked == [2] * -(-MOST_STEPS // execute)
+    assert seen == [[k % execute, k % execute + 10, k % execute + 20]
+                    for k in range(MOST_STEPS) for _ in range(2)]
+    assert [len(result["pictures"]) for result in results] == [MOST_STEPS + 1] * 2
+
+
+def test_a_table_that_ends_within_a_chunk_leaves_the_others_their_actions(monkeypatch):
+    """Table 0 is done after its second action; table 1 goes on with the third, and is asked alone then."""
+    asked, done = [], {}
+    monkeypatch.setattr(Table, "step", lambda table, action: done.setdefault(table, []).append(action[0]))
+    monkeypatch.setattr(Table, "success", lambda table, task=None: table is next(iter(done)) and len(
+        done[table]) == 2)
+    monkeypatch.setattr(robot, "inexact", lambda action, rng: action)
+
+    def policy(pictures, _):
+        asked.append(len(pictures))
+        return np.arange(9).reshape(1, 3, 3).repeat(len(pictures), 0)
+
+    rollout(policy, 2)
+    first, second = done.values()
+    assert first == [0, 3] and second == [0, 3, 6] * (MOST_STEPS // 3) and asked == [2] + [1] * 9
+
+
 def test_one_action_moves_no_further_than_a_step():
     table = Table(random_task(random.Random(0)), random.Random(0))
     table.gripper = np.array([40.0, 40.0])
@@ -189,13 +223,13 @@ def test_film_strips_show_successes_and_failures(tmp_path):
 class Stub:
     """An assistant whose policy only notes what it is asked. It always does the same."""
 
-    def __init__(self, policy=True):
-        self.policy, self.asked = policy and SimpleNamespace(dimensions=3), []
+    def __init__(self, policy=True, chunk=1):
+        self.policy, self.asked = policy and SimpleNamespace(dimensions=3, chunk=chunk), []
 
     def act(self, pictures, instructions, key):
         self.asked.append(SimpleNamespace(pictures=[picture for picture, in pictures],
                                           instructions=list(instructions), key=key))
-        return np.zeros((len(pictures), 3))
+        return np.zeros((len(pictures), self.policy.chunk, 3))
 
 
 def let_act(monkeypatch, assistant, *flags):
@@ -241,6 +275,18 @@ def test_told_the_wrong_task_a_policy_gets_every_instruction_the_other_way_round
         for one, other in zip(right, wrong, strict=True):
             thing, target = one.removeprefix("put the ").split(" on the ")
             assert other == f"put the {target} on the {thing}"
+
+
+@pytest.mark.parametrize("execute, times", [(0, 8), (1, 30), (3, 10), (4, 8)])
+def test_so_many_actions_of_a_chunk_are_executed(execute, times, tmp_path, monkeypatch):
+    stub = Stub(chunk=4)
+    let_act(monkeypatch, stub, "--ckpt", tmp_path, "--rollouts", 2, "--execute", execute)
+    assert len(stub.asked) == 2 * times                     # 30 steps in each of two kinds
+
+
+def test_more_than_the_chunk_can_not_be_executed(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--execute 5: this policy answers with 4 actions"):
+        let_act(monkeypatch, Stub(chunk=4), "--ckpt", tmp_path, "--execute", 5)
 
 
 def test_a_run_that_is_no_policy_is_refused(monkeypatch):
