@@ -5,11 +5,14 @@
 
 and back. Ids are computed, never written as text and read again: some tokenizers would read something else.
 With --chunk K an answer holds K actions, that of this step and those of the steps behind it (ACT, arXiv
-2304.13705; for such tokens OpenVLA-OFT, arXiv 2502.19645). Shapes: A dimensions, K actions of a chunk.
+2304.13705; for such tokens OpenVLA-OFT, arXiv 2502.19645). With --state a question holds what the robot
+knows of itself, S numbers that become ids in the same way. Shapes: A dimensions, K actions of a chunk.
 
 An episode is one JSON object with many examples, one for each step:
 
     {"id": "0", "instruction": "push the button", "steps": [{"image": "0.png", "action": [0.1, -0.2]}, ...]}
+
+A step may have a "state", too; or the episode has one, a list with a list of numbers for each step.
 """
 import sys
 
@@ -19,9 +22,10 @@ from PIL import Image, ImageEnhance
 
 from config import BadExample, UserError
 from data import Conversations
-from prompts import IGNORE, assemble
+from prompts import IGNORE, Piece, assemble, to_pieces
 
 BINS = 256
+UNKNOWN = 0.2                                               # share of training examples without their state
 QUESTION = "What action should the robot take to {instruction}?"
 
 
@@ -32,14 +36,16 @@ class ActionTokens:
     statistics: those of each dataset, see `compute_statistics`.
     pictures:   how many a step has; None = not known (a checkpoint of an older version).
     chunk:      K, how many actions an answer holds.
+    state:      whether a question holds the robot's state.
 
     As OpenVLA: id = end - bin, bins count from 1, a bin stands for its center. OpenVLA's end is the size of
     the base vocabulary; so is ours, unless control tokens lie among its last 256 ids (GPT-2's end of text
     does): then below them.
     """
 
-    def __init__(self, end, statistics, pictures=None, chunk=1):
-        self.end, self.statistics, self.pictures, self.chunk = end, statistics, pictures, chunk
+    def __init__(self, end, statistics, pictures=None, chunk=1, state=False):
+        self.end, self.statistics, self.pictures = end, statistics, pictures
+        self.chunk, self.state = chunk, state
         self.edges = np.linspace(-1, 1, BINS)
         self.centers = (self.edges[:-1] + self.edges[1:]) / 2                               # (255,)
 
@@ -52,8 +58,18 @@ class ActionTokens:
         return QUESTION.format(instruction=instruction.strip().rstrip(".").lower())
 
     @property
+    def sizes(self):
+        """How many numbers an action has, and a state if there is one: {"action": A, "state": S}."""
+        first = next(iter(self.statistics.values()))
+        return {name: len(first[name]["q01"]) for name in ("action", "state")[:1 + self.state]}
+
+    @property
     def dimensions(self):
-        return len(next(iter(self.statistics.values()))["action"]["q01"])
+        return self.sizes["action"]
+
+    @property
+    def state_size(self):
+        return self.sizes.get("state", 0)
 
     @property
     def length(self):
@@ -63,7 +79,7 @@ class ActionTokens:
     @property
     def form(self):
         """What the lengths of examples depend on, beside the data (lengths.py)."""
-        return (self.chunk,) if self.chunk > 1 else ()
+        return (self.chunk, self.state) if self.chunk > 1 or self.state else ()
 
     def key(self, name=""):
         """The dataset whose units are meant: the only one, or the named one."""
@@ -77,7 +93,7 @@ class ActionTokens:
     def learn_units(self, data, keep=()):
         """Computes the statistics of a dataset of episodes.
         Raises UserError where it can't be learned from."""
-        episodes, actions = sum(1 for _ in data.objects()), data.actions()
+        episodes, actions = sum(1 for _ in data.objects()), data.numbers("action")
         for d in keep:
             if d >= actions.shape[1]:
                 raise UserError(f"--keep_dimensions {d}: the actions of {data.path} have {actions.shape[1]} "
@@ -87,14 +103,17 @@ class ActionTokens:
                                 f"{actions[:, d].min():g} to {actions[:, d].max():g}; "
                                 "only what lies in -1 to 1 can stay as it is")
         learned = compute_statistics(actions, episodes, keep)
+        if self.state:
+            learned["state"] = range_of(data.numbers("state"), "state")
         if self.statistics.setdefault(data.name, learned) != learned:
             raise UserError(f"{data.path}: another file is called {data.name!r}, too, but has other actions. "
                             "Rename one of them, or its folder")
         self.check_pictures(data.pictures_of_a_step())
         self.pictures, = data.pictures_of_a_step()
-        if len({len(of["action"]["q01"]) for of in self.statistics.values()}) > 1:
-            raise UserError(f"{data.path}: its actions have another number of dimensions "
-                            "than those of the other files")
+        for name in self.sizes:
+            if len({len(of[name]["q01"]) for of in self.statistics.values()}) > 1:
+                raise UserError(f"{data.path}: its {name}s have another number of dimensions "
+                                "than those of the other files")
 
     def check_pictures(self, found):
         """A policy has learned from steps of so many pictures.
@@ -103,12 +122,29 @@ class ActionTokens:
             raise UserError(f"a step has {' or '.join(map(str, sorted(found)))} pictures, "
                             f"but must always have {self.pictures or 'the same number'}")
 
-    def encode(self, actions, key):
-        """(..., A) in physical units -> (..., A) ids."""
-        low, high, mask = self._range(key)
-        actions = np.asarray(actions, np.float64)
-        normal = np.where(mask, 2 * (actions - low) / (high - low) - 1, actions)
+    def encode(self, numbers, key, name="action"):
+        """(..., A) in physical units -> (..., A) ids. name: "state" for states (..., S)."""
+        low, high, mask = self._range(key, name)
+        numbers = np.asarray(numbers, np.float64)
+        normal = np.where(mask, 2 * (numbers - low) / (high - low) - 1, numbers)
         return self.end - np.digitize(np.clip(normal, -1, 1), self.edges)
+
+    def state_ids(self, state, key, language):
+        """A state, S numbers, as ids. None: it is not known; the end token, S times, says so."""
+        if state is None:
+            return [language.end_id] * self.state_size
+        return self.encode(self.checked_state(state), key, "state").tolist()
+
+    def checked_state(self, state):
+        if (not isinstance(state, (list, tuple, np.ndarray)) or len(state) != self.state_size
+                or not all(map(is_number, np.asarray(state, object)))):
+            raise BadExample(f"'state' must be {self.state_size} finite numbers, found {str(state)[:60]}")
+        return state
+
+    def tokenize(self, row, language, patches, max_length, ask=False, reply=(), state=()):
+        """As prompts.tokenize does it, and the ids of a state stand right behind the last picture."""
+        pieces = with_state(to_pieces(row, language, ask, reply), state)
+        return assemble(pieces, language.piece_ids(pieces), language.bos, patches, max_length, ask)
 
     def decode(self, ids, key):
         """(..., A) ids -> (..., A) in physical units. An id that is no action counts as the nearest bin."""
@@ -125,13 +161,16 @@ class ActionTokens:
     def load(cls, saved):
         """Raises UserError where it is not what `saved` gives."""
         try:
-            policy = cls(saved["end"], saved["statistics"], saved.get("pictures"), saved.get("chunk", 1))
+            statistics = saved["statistics"]
+            policy = cls(saved["end"], statistics, saved.get("pictures"), saved.get("chunk", 1),
+                         any("state" in of for of in statistics.values()))
             sound = (BINS <= policy.end <= 10 ** 7 and 1 <= policy.dimensions <= 1000
                      and type(policy.chunk) is int and 1 <= policy.chunk <= 1000
                      and (policy.pictures is None or 1 <= policy.pictures <= 100))
-            for low, high, mask in map(policy._range, policy.statistics):
-                sound &= low.shape == high.shape == mask.shape == (policy.dimensions,) and mask.dtype == bool
-                sound &= bool(np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all())
+            for name, size in policy.sizes.items():
+                for low, high, mask in (policy._range(key, name) for key in statistics):
+                    sound &= low.shape == high.shape == mask.shape == (size,) and mask.dtype == bool
+                    sound &= bool(np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all())
             if not sound:
                 raise ValueError("a number in it is out of range")
             return policy
@@ -182,8 +221,8 @@ class ActionTokens:
             found["l1_by_place"] = [(e / n).tolist() if n else None for n, e in zip(there, each[1])]
         return found
 
-    def _range(self, key):
-        of = self.statistics[key]["action"]
+    def _range(self, key, name="action"):
+        of = self.statistics[key][name]
         return np.array(of["q01"]), np.array(of["q99"]), np.array(of["mask"])
 
 
@@ -200,25 +239,36 @@ def end_of_actions(tokenizer):
     return end
 
 
+def with_state(pieces, ids):
+    """The pieces of a question with the ids of a state behind its last picture."""
+    behind = max(i for i, piece in enumerate(pieces) if piece.is_picture) + 1
+    return pieces[:behind] + [Piece(ids=tuple(ids))] * bool(ids) + pieces[behind:]
+
+
 def compute_statistics(actions, episodes, keep=()):
     """(n, A) -> OpenVLA's dataset_statistics.json layout for one dataset.
-    `keep`: dimensions that are not normalized.
+    `keep`: dimensions that are not normalized."""
+    return {"action": range_of(actions, "action", keep), "num_transitions": len(actions),
+            "num_trajectories": episodes}
+
+
+def range_of(numbers, name, keep=()):
+    """(n, A) actions, or (n, S) states -> what is known of each dimension.
 
     From the 1st to the 99th percentile, so that single wild values do not use up the bins. A dimension that
     hardly moves would be blown up from noise to full range: its range gets a floor of 1 % of its extremes,
     and a warning.
     """
-    low, high = np.quantile(actions, 0.01, axis=0), np.quantile(actions, 0.99, axis=0)
-    floor = np.maximum(0.01 * (actions.max(0) - actions.min(0)), 1e-6)
+    low, high = np.quantile(numbers, 0.01, axis=0), np.quantile(numbers, 0.99, axis=0)
+    floor = np.maximum(0.01 * (numbers.max(0) - numbers.min(0)), 1e-6)
     for d in np.flatnonzero(high - low < floor):
-        print(f"action dimension {d} hardly moves ({low[d]:g} to {high[d]:g}); "
+        print(f"{name} dimension {d} hardly moves ({low[d]:g} to {high[d]:g}); "
               f"its range is widened to {floor[d]:g}", file=sys.stderr)
     middle, half = (low + high) / 2, np.maximum(high - low, floor) / 2
-    mask = [d not in keep for d in range(actions.shape[1])]
-    columns = {"mean": actions.mean(0), "std": actions.std(0), "max": actions.max(0), "min": actions.min(0),
+    columns = {"mean": numbers.mean(0), "std": numbers.std(0), "max": numbers.max(0), "min": numbers.min(0),
                "q01": middle - half, "q99": middle + half}
-    return {"action": {name: column.tolist() for name, column in columns.items()} | {"mask": mask},
-            "num_transitions": len(actions), "num_trajectories": episodes}
+    return {name: column.tolist() for name, column in columns.items()} | {
+        "mask": [d not in keep for d in range(numbers.shape[1])]}
 
 
 def is_number(value):
@@ -231,10 +281,14 @@ class Episodes(Conversations):
     actions from this step on, K of them. Behind the end of the episode the last one is repeated, unlearned.
 
     policy: ActionTokens. It must know this file's units (`learn_units`) before examples are read.
+    seed:   of a run that trains on the file. With --state, a fifth of the examples then don't know theirs, in
+            each epoch others: what the state tells is easy to copy, and a policy could forget to look. None:
+            all know it.
+    key:    whose units the numbers are in; empty = the file's own, or the only ones that the policy knows.
     """
 
-    def __init__(self, path, language, pictures, max_length, policy, skip_bad=False):
-        self.policy = policy
+    def __init__(self, path, language, pictures, max_length, policy, skip_bad=False, seed=None):
+        self.policy, self.seed, self.key = policy, seed, ""
         super().__init__(path, language, pictures, max_length, skip_bad)
 
     @staticmethod
@@ -265,19 +319,39 @@ class Episodes(Conversations):
         images = [here["image"]] if isinstance(here["image"], str) else here["image"]
         question = "<image>\n" * len(images) + self.policy.question(episode["instruction"])
         actions = [each.get("action") for each in episode["steps"][step:step + self.policy.chunk]]
-        return {"id": f"{episode.get('id')}/{step}", "image": images, "actions": actions,
+        state = numbers_of(episode, "state")[step] if self.policy.state else None
+        return {"id": f"{episode.get('id')}/{step}", "image": images, "actions": actions, "state": state,
+                "example": i,
                 "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]}
 
     def reply(self, row):
         actions = row["actions"] + row["actions"][-1:] * self._repeats(row)
-        return self.policy.encode(actions, self.name).ravel().tolist()
+        return self.policy.encode(actions, self.units()).ravel().tolist()
+
+    def units(self):
+        known = self.name if self.name in self.policy.statistics else ""
+        return self.policy.key(self.key or known)
+
+    def knows_state(self, i):
+        """By seed, epoch and example alone, as the crops of --augment (1: but not by the same numbers)."""
+        if self.seed is None:
+            return True
+        return np.random.default_rng((self.seed, int(self.pictures.epoch), i, 1)).random() >= UNKNOWN
+
+    def _state_ids(self, row, ask=False):
+        if not self.policy.state:
+            return []
+        state = row["state"] if ask or self.knows_state(row["example"]) else None
+        return self.policy.state_ids(state, self.units(), self.language)
 
     def _repeats(self, row):
         """How many places of a chunk lie behind the end of the episode."""
         return self.policy.chunk - len(row["actions"])
 
     def tokens(self, row, ask=False):
-        input_ids, labels = super().tokens(row, ask)
+        input_ids, labels = self.policy.tokenize(
+            row, self.language, self.pictures.patches, self.max_length, ask, () if ask else self.reply(row),
+            self._state_ids(row, ask))
         if not ask:
             self._check_whole(labels)
             unlearned = self._repeats(row) * self.policy.dimensions
@@ -285,6 +359,7 @@ class Episodes(Conversations):
         return input_ids, labels
 
     def _length(self, pieces, texts):
+        pieces = with_state(pieces, [self.language.end_id] * self.policy.state_size)
         input_ids, labels = assemble(pieces, texts, self.language.bos, self.pictures.patches, self.max_length)
         self._check_whole(labels)
         return len(input_ids)
@@ -296,10 +371,11 @@ class Episodes(Conversations):
 
     def check(self):
         """Held-out episodes: whether the policy can act on them. Raises UserError."""
-        dimensions = self.policy.dimensions
-        if self.actions().shape[1] != dimensions:
-            raise UserError(f"{self.path}: its actions have {self.actions().shape[1]} dimensions, "
-                            f"those of the policy {dimensions}")
+        for name, size in self.policy.sizes.items():
+            found = self.numbers(name).shape[1]
+            if found != size:
+                raise UserError(f"{self.path}: its {name}s have {found} dimensions, "
+                                f"those of the policy {size}")
         self.policy.check_pictures(self.pictures_of_a_step())
 
     def pictures_of_a_step(self):
@@ -314,31 +390,45 @@ class Episodes(Conversations):
     def chunks(self):
         """-> (n, K, A) the actions from each step on, the last of an episode repeated behind its end;
         (n, K) bool: which ones are not repeated."""
-        actions, starts = self.actions(), np.flatnonzero(self.first_steps())
+        actions, starts = self.numbers("action"), np.flatnonzero(self.first_steps())
         ends = np.append(starts[1:], len(actions))
         ends = np.repeat(ends, ends - starts)[:, None]                                      # (n, 1)
         at = np.arange(len(actions))[:, None] + np.arange(self.policy.chunk)                # (n, K)
         return actions[np.minimum(at, ends - 1)], at < ends
 
     def actions(self):
-        """(n, A) all actions of the file, in its order. No picture is opened."""
-        actions = []
+        """(n, A) all actions of the file, in its order."""
+        return self.numbers("action")
+
+    def numbers(self, name):
+        """All actions (n, A), or states (n, S), of the file, in its order. No picture is opened."""
+        found = []
         for episode in self.objects():
-            for i, step in enumerate(episode["steps"]):
-                action = step.get("action")
-                if (not isinstance(action, list) or not action or not all(map(is_number, action))
-                        or len(action) != len(actions[0] if actions else action)):
-                    raise UserError(f"{self.path}, episode id={episode.get('id')!r}, step {i}: 'action' must "
-                                    f"be {len(actions[0]) if actions else 'a list of'} finite numbers, "
-                                    f"found {str(action)[:60]}")
-                actions.append(action)
-        return np.array(actions, np.float64)
+            place = f"{self.path}, episode id={episode.get('id')!r}"
+            of_steps = numbers_of(episode, name)
+            if not isinstance(of_steps, list) or len(of_steps) != len(episode["steps"]):
+                raise UserError(f"{place}: {name!r} must be a list of {len(episode['steps'])} lists, one for "
+                                f"each step, found {str(of_steps)[:60]}")
+            for i, numbers in enumerate(of_steps):
+                if (not isinstance(numbers, list) or not numbers or not all(map(is_number, numbers))
+                        or len(numbers) != len(found[0] if found else numbers)):
+                    raise UserError(f"{place}, step {i}: {name!r} must "
+                                    f"be {len(found[0]) if found else 'a list of'} finite numbers, "
+                                    f"found {str(numbers)[:60]}")
+                found.append(numbers)
+        return np.array(found, np.float64)
+
+
+def numbers_of(episode, name):
+    """The "action" or the "state" of each step: in the step, or in a list of the episode's own."""
+    return episode[name] if name in episode else [step.get(name) for step in episode["steps"]]
 
 
 def open_episodes(cfg, language, about):
     """The files of stage vla as train.py reads them -> how their actions become tokens, a dataset of each."""
-    policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=cfg.chunk)
-    files = [Episodes(path, *about, policy, cfg.skip_bad_examples) for path in cfg.train_json.split(",")]
+    policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=cfg.chunk, state=cfg.state)
+    files = [Episodes(path, *about, policy, cfg.skip_bad_examples, cfg.seed)
+             for path in cfg.train_json.split(",")]
     for file in files:
         policy.learn_units(file, [int(d) for d in cfg.kept_dimensions])
     return policy, files

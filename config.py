@@ -136,6 +136,7 @@ class Config:
         "instead of stopping")
     num_workers: int = knob(4, "processes that read data, per GPU; 0 = none")
     chunk: int = knob(1, "vla: actions of an answer, this step's and those of the steps behind it", "steps")
+    state: bool = knob(False, "vla: the robot's state stands in the question; unknown in a fifth of training")
     keep_dimensions: str = knob(
         "", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
     augment: bool = knob(

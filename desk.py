@@ -49,9 +49,9 @@ class Desk:
         Image.MAX_IMAGE_PIXELS = PIXELS // 2                # Pillow refuses what is twice as large
         threading.Thread(target=self._work, daemon=True).start()
 
-    def ask(self, question, pictures, earlier=(), limit=10 ** 9, key=None, streams=False):
+    def ask(self, question, pictures, earlier=(), limit=10 ** 9, key=None, streams=False, state=None):
         """Puts a question into the queue -> its Job. pictures: the bytes of files, or open ones (PIL, RGB).
-        earlier: the turns before it. Raises UserError where it can't be answered."""
+        earlier: the turns before it. key, state: of a robot. Raises UserError where it can't be answered."""
         # One at a time: tokenizers are not made for several threads, and open pictures take much memory.
         with self.reading:
             opened, pixels = [], 0
@@ -60,7 +60,7 @@ class Desk:
                 pixels += opened[-1].width * opened[-1].height
                 if pixels > PIXELS:
                     raise BadExample(f"the pictures have more than {PIXELS:,} pixels. Make them smaller")
-            example = self.assistant.example(question, opened, earlier)
+            example = self.assistant.example(question, opened, earlier, state, key or "")
         if len(example["input_ids"]) > self.longest:
             raise BadExample(f"the question takes {len(example['input_ids'])} positions; beside "
                              f"--max_new_tokens {self.max_new_tokens} there is room for {self.longest}. "

@@ -251,6 +251,7 @@ def open_loop(assistant, data, cfg):
     wanted, there = (of[:cfg.max_examples or None] for of in data.chunks())     # (n, K, A), (n, K)
     key = assistant.policy.key(cfg.unnorm_key)
     data.check()
+    data.key = key
     acted, unread = [], []
     for batch in batches(data.question, list(range(len(wanted))), assistant, cfg, unread):
         actions = assistant.act_on([example for _, example in batch], key)

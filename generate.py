@@ -29,6 +29,7 @@ class GenerateConfig:
         0.0, "draw each token from probabilities ~ exp(logit / temperature); 0 = take the likeliest")
     top_p: float = knob(1.0, "draw only from the likeliest tokens that have this probability together")
     seed: int = knob(0, "of the draw: the same seed on the same machine gives the same answer")
+    state: tuple = knob((), "for a vla run with --state: the numbers of the robot's state")
     unnorm_key: str = knob(
         "", "vla: the dataset whose units the action is in; needed if the policy knows several")
 
@@ -95,15 +96,21 @@ class Assistant:
             return actions.Episodes(*about, self.policy)
         return Conversations(*about)
 
-    def example(self, question, images, earlier=()):
+    def example(self, question, images, earlier=(), state=None, key=""):
         """One question about already opened pictures (PIL, RGB) -> what `Conversations.question` gives.
         earlier: the turns before it, as in a file of examples; the first of the pictures stand at their tags.
+        state, key: the robot's state, for a policy with --state, and whose units it is in.
         """
         tags = sum(turn["value"].count(TAG) for turn in (*earlier, {"value": question}))
         row = {"image": ["?"] * len(images),
                "conversations": [*earlier, {"from": "human",
                                             "value": (TAG + "\n") * (len(images) - tags) + question}]}
-        input_ids, _ = tokenize(row, self.language, self.transforms[0].patches, self.cfg.max_length, ask=True)
+        about = row, self.language, self.transforms[0].patches, self.cfg.max_length
+        if self.policy and self.policy.state:
+            ids = self.policy.state_ids(state, self.policy.key(key), self.language)
+            input_ids, _ = self.policy.tokenize(*about, ask=True, state=ids)
+        else:
+            input_ids, _ = tokenize(*about, ask=True)
         return {"input_ids": torch.tensor(input_ids),
                 "images": [[transform.resized(image) for transform in self.transforms] for image in images]}
 
@@ -114,16 +121,21 @@ class Assistant:
         return [self.language.decode(ids)
                 for ids in self.answer_ids(examples, max_new_tokens, streamer, **options)]
 
-    def act(self, pictures, instructions, key=""):
+    def act(self, pictures, instructions, key="", states=None):
         """Pictures (one list of PIL RGB per robot) and instructions
         -> actions (n, K, A) in physical units, K of a chunk: in the order in which they are to be done.
         Greedy.
 
         key: the dataset whose units are meant; not needed where the policy knows only one.
+        states: of a policy with --state: one list of numbers per robot, None where it is not known.
         """
         self.policy.check_pictures({len(images) for images in pictures})
-        return self.act_on([self.example(self.policy.question(text), images)
-                            for images, text in zip(pictures, instructions, strict=True)], key)
+        if self.policy.state and states is None:
+            raise UserError(f"this policy was trained with --state: it needs {self.policy.state_size} "
+                            "numbers, the robot's state in the units of its episodes")
+        asked = zip(pictures, instructions, states or [None] * len(pictures), strict=True)
+        return self.act_on([self.example(self.policy.question(text), images, (), state, key)
+                            for images, text, state in asked], key)
 
     @torch.inference_mode()
     def act_on(self, examples, key=""):
@@ -228,10 +240,14 @@ def main(cfg):
         print("(an align run captions whatever is asked; run the finetune stage to ask it)")
     images = [read_image(path) for path in cfg.image]
     if assistant.policy:
-        prompt = next(questions(cfg))
-        assistant.act([images], [prompt], cfg.unnorm_key)           # the first call is slow: memory, kernels
+        try:
+            states = [[float(number) for number in cfg.state]] if cfg.state else None
+        except ValueError as e:
+            raise UserError(f"--state {' '.join(cfg.state)}: give numbers, such as --state 0.5 -1") from e
+        asked = [images], [next(questions(cfg))], cfg.unnorm_key, states
+        assistant.act(*asked)                               # the first call is slow: memory, kernels
         began = time.perf_counter()
-        actions = assistant.act([images], [prompt], cfg.unnorm_key)[0]                  # (K, A)
+        actions = assistant.act(*asked)[0]                                                  # (K, A)
         print("\n".join(" ".join(f"{value:.4f}" for value in action) for action in actions),
               f"({(time.perf_counter() - began) * 1000:.0f} ms)")
         return

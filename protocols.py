@@ -120,7 +120,22 @@ def read_act(asked, policy):
         raise Refused("'instruction' must be a text, and 'unnorm_key' the name of a dataset, or left out")
     pictures = [numpy_picture(each) if isinstance(each, dict) else file_bytes(each) for each in shown(asked)]
     policy.check_pictures({len(pictures)})
-    return {"question": policy.question(text), "pictures": pictures, "key": policy.key(key)}
+    job = {"question": policy.question(text), "pictures": pictures, "key": policy.key(key)}
+    return job | {"state": read_state(asked.get("state"), policy)} if policy.state else job
+
+
+def read_state(sent, policy):
+    """Numbers, or what json_numpy makes of them -> a list of numbers."""
+    try:
+        if isinstance(sent, dict):
+            if np.dtype(sent["dtype"]).kind not in "fiu":
+                raise ValueError
+            data = base64.b64decode(sent["__numpy__"], validate=True)
+            sent = np.frombuffer(data, sent["dtype"]).astype(float).ravel().tolist()
+        return policy.checked_state(sent)
+    except (KeyError, TypeError, ValueError) as e:          # a BadExample is a ValueError
+        raise Refused("this policy was trained with --state: 'state' must be "
+                      f"{policy.state_size} finite numbers, or an array of them") from e
 
 
 def shown(asked):

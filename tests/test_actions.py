@@ -32,10 +32,10 @@ def episodes(count=3, steps=4, dimensions=3):
         for e in range(count)]
 
 
-def policy_and_data(folder, rows, kind="llama", chunk=1, **how):
+def policy_and_data(folder, rows, kind="llama", chunk=1, state=False, **how):
     picture(folder / "a.png")
     language = Language(make_tokenizer(kind, filler=300), PROMPTS["plain"])
-    policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=chunk)
+    policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=chunk, state=state)
     data = dataset(folder, rows, language, policy=policy, **how)
     policy.learn_units(data)
     return policy, data
@@ -254,6 +254,91 @@ def test_errors_are_told_for_each_place_of_a_chunk(tmp_path):
         "l1_by_place"] == [[0, 0, 0], None, None]           # nothing was there: no error, and no zero
 
 
+# ---- state ----
+
+def with_states(inside=True):
+    """Episodes whose steps have states, 2 numbers each, from 0 to 11 and from 0 to -11."""
+    rows = episodes()
+    for e, row in enumerate(rows):
+        states = [[4.0 * e + s, -4.0 * e - s] for s in range(4)]
+        if inside:
+            for step, state in zip(row["steps"], states):
+                step["state"] = state
+        else:
+            row["state"] = states
+    return rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_state_stands_behind_the_picture_in_its_own_units(tmp_path, kind, inside):
+    policy, data = policy_and_data(tmp_path, with_states(inside), kind, state=True)
+    of = policy.statistics["d"]["state"]
+    assert of["q01"] == pytest.approx([0.11, -10.89]) and of["q99"] == pytest.approx([10.89, -0.11])
+    assert of["min"] == [0, -11] and of["mask"] == [True, True]
+    ids, asked = data[5]["input_ids"].tolist(), data.question(5)["input_ids"].tolist()
+    place = ids.index(IMAGE) + PATCHES
+    assert ids[:len(asked)] == asked and ids[place - 1] == IMAGE
+    # Step 1 of episode 1: 5 and -5, bins of (5 - 0.11) / 10.78 of the range, and of the rest of it.
+    normal = 2 * (5 - 0.11) / 10.78 - 1
+    assert [policy.end - id for id in ids[place:place + 2]] == np.digitize(
+        [normal, -normal], np.linspace(-1, 1, 256)).tolist()
+    lengths = data.lengths()[0]
+    assert lengths.tolist() == [len(data[i]["input_ids"]) for i in range(12)]
+    plain = policy_and_data(tmp_path, with_states(inside), kind)[1]
+    assert plain[5]["input_ids"].tolist() == ids[:place] + ids[place + 2:]
+    assert (lengths == plain.lengths()[0] + 2).all()
+
+
+def test_with_several_cameras_the_state_stands_behind_the_last(tmp_path):
+    rows = with_states()
+    for step in (step for row in rows for step in row["steps"]):
+        step["image"] = ["a.png", "a.png"]
+    policy, data = policy_and_data(tmp_path, rows, state=True)
+    ids = data.question(0)["input_ids"].tolist()
+    last = len(ids) - ids[::-1].index(IMAGE)
+    assert ids.count(IMAGE) == 2 * PATCHES
+    assert ids[last:last + 2] == policy.encode([0, 0], "d", "state").tolist()
+
+
+def test_a_fifth_of_the_examples_does_not_know_its_state_in_each_epoch_another(tmp_path):
+    """By seed, epoch and example alone, and only where a run trains: questions always know it."""
+    policy, data = policy_and_data(tmp_path, with_states(), state=True)
+    place, unknown = data[5]["input_ids"].tolist().index(IMAGE) + PATCHES, [data.language.end_id] * 2
+
+    def knows(i):
+        ids, known = data[i]["input_ids"].tolist(), data.question(i)["input_ids"].tolist()
+        assert len(ids) == len(known) + 4                   # 3 dimensions, end: the length does not change
+        assert ids[place:place + 2] in (unknown, known[place:place + 2]) and unknown != known[place:place + 2]
+        assert ids[:place] + ids[place + 2:len(known)] == known[:place] + known[place + 2:]
+        return ids[place:place + 2] != unknown
+
+    assert all(map(knows, range(12)))                       # without a seed
+    found = {}
+    for seed, epoch in ((7, 0), (7, 1), (8, 0), (7, 0)):
+        data.seed = seed
+        data.pictures.epoch.fill_(epoch)
+        drawn = [data.knows_state(i) for i in range(2000)]
+        assert drawn[:12] == [knows(i) for i in range(12)]
+        assert sum(drawn) == pytest.approx(1600, abs=72)    # four standard deviations
+        assert found.setdefault((seed, epoch), drawn) == drawn
+    assert len({tuple(drawn) for drawn in found.values()}) == 3
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda row: row["steps"][2].pop("state"), "step 2: 'state' must be 2 finite numbers, found None"),
+    (lambda row: row["steps"][2].update(state=[1]), "step 2: 'state' must be 2 finite numbers, found [1]"),
+    (lambda row: row.update(state=[[1, 2]] * 3), "'state' must be a list of 4 lists, one for each step"),
+    (lambda row: row.update(state=None), "'state' must be a list of 4 lists, one for each step, found None")])
+def test_an_episode_whose_state_can_not_be_is_named(change, said, tmp_path):
+    rows = with_states()
+    change(rows[1])
+    policy_and_data(tmp_path, rows)                         # without --state nobody looks at it
+    with pytest.raises(UserError) as e:
+        policy_and_data(tmp_path, rows, state=True)
+    assert "d.json, episode id='e1'" in str(e.value) and said in str(e.value)
+
+
 # ---- the stage ----
 
 @pytest.fixture(scope="module")
@@ -267,7 +352,7 @@ def robot(tmp_path_factory):
         for s in range(4):
             bright = (e * 4 + s) / 48
             Image.new("RGB", (96, 96), (int(255 * bright),) * 3).save(folder / "images" / f"{e}_{s}.png")
-            steps.append({"image": f"{e}_{s}.png", "action": [bright, -bright]})
+            steps.append({"image": f"{e}_{s}.png", "action": [bright, -bright], "state": [bright, e, 0.5]})
         rows.append({"id": str(e), "instruction": "show it", "steps": steps})
     (folder / "lamp.json").write_text(json.dumps(rows))
     return folder
@@ -363,6 +448,41 @@ def test_a_policy_of_chunks_trains_acts_and_is_scored_at_each_place(robot, base,
     assert re.fullmatch(r"(-?\d\.\d{4} -?\d\.\d{4}\n){2}-?\d\.\d{4} -?\d\.\d{4} \(\d+ ms\)\n", printed)
 
 
+def test_a_policy_that_knows_its_state_asks_for_it(robot, base, tmp_path):
+    from evaluate import EvaluateConfig, open_loop
+    from generate import Assistant
+    _, run, printed = train_robot(robot, base, tmp_path, "--max_steps", "12", "--state")
+    assert "state dimension 2 hardly moves (0.5 to 0.5)" in printed
+    assistant = Assistant(run)
+    assert assistant.policy.state_size == 3
+    data = assistant.dataset(robot / "lamp.json", robot / "images")
+    seen, states = [], []
+    for e in (0, 5, 11):
+        seen.append([Image.open(robot / "images" / f"{e}_0.png").convert("RGB")])
+        states.append([e * 4 / 48, e, 0.5])
+    actions = assistant.act(seen, ["show it"] * 3, states=states)
+    assert (actions == assistant.act_on([data.question(4 * e) for e in (0, 5, 11)])).all()  # one prompt
+    for i in range(3):                                      # batched = one by one
+        assert (assistant.act(seen[i:i + 1], ["show it"], states=states[i:i + 1])[0] == actions[i]).all()
+    example = assistant.example(assistant.policy.question("show it"), seen[0], state=states[0])
+    hidden = assistant.example(assistant.policy.question("show it"), seen[0])
+    assert (example["input_ids"] != hidden["input_ids"]).sum() == 3         # None: it is not known
+    assert assistant.act(seen, ["show it"] * 3, states=[states[0], None, states[2]]).shape == (3, 1, 2)
+    with pytest.raises(UserError, match="was trained with --state: it needs 3 numbers"):
+        assistant.act(seen, ["show it"] * 3)
+    with pytest.raises(BadExample, match=r"'state' must be 3 finite numbers, found \[1, 2\]"):
+        assistant.act(seen[:1], ["show it"], states=[[1, 2]])
+    with world_of_one():                                    # a held-out file has another name than its units
+        (robot / "held_out.json").write_text((robot / "lamp.json").read_text())
+        scores, unread = open_loop(assistant, assistant.dataset(robot / "held_out.json", robot / "images"),
+                                   EvaluateConfig(ckpt="x", json="x"))
+    assert not unread and scores["count"] == 48
+    command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
+               "--prompt", "Show it.", "--state", str(20 / 48), "5", "0.5"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"{actions[1, 0, 0]:.4f} {actions[1, 0, 1]:.4f} (")
+
+
 def test_the_check_of_a_file_understands_episodes(robot, capsys):
     cfg = check.CheckConfig(
         file=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
@@ -374,9 +494,9 @@ def test_the_check_of_a_file_understands_episodes(robot, capsys):
 
 
 def test_a_continued_policy_is_the_one_that_was_never_stopped(robot, base, tmp_path):
-    """Augmentation included:
-    a picture's crop depends on seed, epoch and example, not on how often a run began."""
-    flags = ("--max_steps", "8", "--save_every", "7", "--augment")
+    """Augmentation included: a picture's crop, and whether a state is known, depend on seed, epoch and
+    example, not on how often a run began."""
+    flags = ("--max_steps", "8", "--save_every", "7", "--augment", "--state", "--chunk", "2")
     _, run, _ = train_robot(robot, base, tmp_path, *flags)
     want = weights(run)
     shutil.rmtree(run / "step-00000008")
@@ -466,7 +586,9 @@ def test_a_policy_does_not_act_on_another_number_of_pictures(tmp_path):
     {"chunk": 0}, {"chunk": True}, {"chunk": 2.0}, {"chunk": 10 ** 6},
     {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [float("nan")], "mask": [True]}}}},
     {"statistics": {"arm": {"action": {"q01": [-1.0, 0.0], "q99": [1.0], "mask": [True]}}}},
-    {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [1.0]}}}}])
+    {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [1.0]}}}},
+    {"statistics": {"arm": UNIT["arm"] | {"state": {"q01": [-1.0], "q99": [float("inf")], "mask": [True]}}}},
+    {"statistics": {"arm": UNIT["arm"] | {"state": UNIT["arm"]["action"]}, "leg": UNIT["arm"]}}])
 def test_actions_of_a_stranger_that_can_not_be_are_refused(wrong):
     saved = ActionTokens(1000, UNIT, pictures=1).saved()
     assert ActionTokens.load(saved).end == 1000

@@ -441,6 +441,25 @@ def test_of_a_chunk_oft_gets_all_and_everybody_else_the_first():
     assert protocols.write_act({"image": "iVBOR"}, chunk) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("sent, read", [
+    ([1, 2.5], [1, 2.5]), ("F4", [1, 2.5]), ("F8", [1, 2.5]), ([1], None), (None, None), ([1, None], None),
+    ("x", None), ([1, float("inf")], None), ({"shape": [2]}, None),
+    ({"__numpy__": "//", "dtype": "|O"}, None)])
+def test_the_state_of_a_robot_is_read_in_the_forms_of_its_clients(sent, read):
+    unit = {"q01": [-1.0, -1.0], "q99": [1.0, 1.0], "mask": [True, True]}
+    policy = ActionTokens(1000, {"arm": {"action": unit, "state": unit}}, 1, state=True)
+    if sent in ("F4", "F8"):
+        array = np.array([1, 2.5], sent.lower())
+        sent = {"__numpy__": base64.b64encode(array).decode(), "dtype": array.dtype.str, "shape": [2]}
+    asked = {"instruction": "go", "image": packed(np.zeros((4, 4, 3), np.uint8)), "state": sent}
+    if read is None:
+        with pytest.raises(protocols.Refused, match="'state' must be 2 finite numbers"):
+            protocols.read_act(asked, policy)
+    else:
+        assert protocols.read_act(asked, policy)["state"] == read
+        assert "state" not in protocols.read_act(asked, ActionTokens(1000, {"arm": {"action": unit}}, 1))
+
+
 def test_json_numpy_and_requests_talk_to_it_as_openvla_and_oft_do(policy, arm, folder):
     json_numpy, requests = pytest.importorskip("json_numpy"), pytest.importorskip("requests")
     pictures = [Image.open(folder / f"{i}.png").convert("RGB") for i in (2, 3)]

@@ -64,7 +64,7 @@ def test_from_any_start_the_expert_recovers():
 def test_a_random_policy_fails():
     rng = np.random.default_rng(0)
     low, high = [0, 0, 0], [PIXELS, PIXELS, 1]
-    results = rollout(lambda pictures, _: rng.uniform(low, high, (len(pictures), 3)), 50)
+    results = rollout(lambda pictures, *_: rng.uniform(low, high, (len(pictures), 3)), 50)
     assert sum(result["success"] for result in results) <= 2
 
 
@@ -80,7 +80,8 @@ def test_in_a_rollout_the_expert_does_what_it_is_told_and_the_table_ends(swap, m
     def wanted(table):
         return swapped(table.task) if swap else table.task
 
-    def expert(pictures, instructions):
+    def expert(pictures, instructions, states):
+        assert len(states) == len(pictures)
         running = [table for table in tables if not table.success(wanted(table))]
         assert [str(wanted(table)) for table in running] == list(instructions)      # the others have ended
         told.update(instructions)
@@ -96,7 +97,7 @@ def test_in_a_rollout_the_expert_does_what_it_is_told_and_the_table_ends(swap, m
 def test_in_a_rollout_a_move_misses_by_the_noise_and_the_grip_does_not(monkeypatch):
     seen = []
     monkeypatch.setattr(Table, "step", lambda table, action: seen.append(action))
-    rollout(lambda pictures, _: np.tile([48.0, 40.0, 1.0], (len(pictures), 1)), 20)
+    rollout(lambda pictures, *_: np.tile([48.0, 40.0, 1.0], (len(pictures), 1)), 20)
     moves = np.array(seen)
     assert moves.shape == (20 * MOST_STEPS, 3)
     assert moves[:, :2].mean(0) == pytest.approx([48, 40], abs=0.7)     # 4 standard errors of 600 draws
@@ -110,7 +111,7 @@ def test_in_a_rollout_the_actions_of_a_chunk_are_done_in_their_order(execute, mo
     monkeypatch.setattr(robot, "inexact", lambda action, rng: action)
     monkeypatch.setattr(Table, "step", lambda table, action: seen.append(action.tolist()))
 
-    def policy(pictures, _):
+    def policy(pictures, *_):
         asked.append(len(pictures))
         return np.tile(np.arange(execute)[:, None] + [0, 10, 20], (len(pictures), 1, 1))        # (n, E, 3)
 
@@ -129,7 +130,7 @@ def test_a_table_that_ends_within_a_chunk_leaves_the_others_their_actions(monkey
         done[table]) == 2)
     monkeypatch.setattr(robot, "inexact", lambda action, rng: action)
 
-    def policy(pictures, _):
+    def policy(pictures, *_):
         asked.append(len(pictures))
         return np.arange(9).reshape(1, 3, 3).repeat(len(pictures), 0)
 
@@ -173,6 +174,8 @@ def test_same_seed_same_files_and_what_is_held_out_stays_out(tmp_path):
             for i, step in enumerate(episode["steps"]):
                 assert step["image"] == f"{episode['id']}/{i:03d}.png"
                 assert (tmp_path / "a" / "images" / step["image"]).exists() and len(step["action"]) == 3
+                assert all(13 <= place <= PIXELS - 13 for place in step["state"][:2])
+                assert step["state"][2] in (0, 1) and len(step["state"]) == 3
                 assert (all(0 <= place <= PIXELS for place in step["action"][:2])
                         and step["action"][2] in (0, 1))
 
@@ -183,7 +186,7 @@ def test_the_three_kinds_of_tasks_share_no_layout_and_no_held_out_pair(kind):
     for task in (random_task(rng, kind) for _ in range(200)):
         assert unseen_layout(task.scene) == (kind != "training")
         assert unseen_pair(*(str(task.scene[i]) for i in task[1:])) == (kind == "unseen pairs")
-    def stay(pictures, _):
+    def stay(pictures, *_):
         return np.zeros((len(pictures), 3))
     three = [result["instruction"] for result in rollout(stay, 3)]
     assert three == [result["instruction"] for result in rollout(stay, 5)][:3]
@@ -214,7 +217,7 @@ def test_what_is_held_does_not_hide_the_target():
 
 
 def test_film_strips_show_successes_and_failures(tmp_path):
-    results = rollout(lambda pictures, _: np.zeros((len(pictures), 3)), 4)
+    results = rollout(lambda pictures, *_: np.zeros((len(pictures), 3)), 4)
     results[0]["success"] = True
     robot.film_strips(results, tmp_path / "film.png")
     assert (tmp_path / "film.png").stat().st_size > 1000
@@ -223,11 +226,12 @@ def test_film_strips_show_successes_and_failures(tmp_path):
 class Stub:
     """An assistant whose policy only notes what it is asked. It always does the same."""
 
-    def __init__(self, policy=True, chunk=1):
-        self.policy, self.asked = policy and SimpleNamespace(dimensions=3, chunk=chunk), []
+    def __init__(self, policy=True, chunk=1, state_size=0):
+        about = SimpleNamespace(dimensions=3, chunk=chunk, state_size=state_size)
+        self.policy, self.asked = policy and about, []
 
-    def act(self, pictures, instructions, key):
-        self.asked.append(SimpleNamespace(pictures=[picture for picture, in pictures],
+    def act(self, pictures, instructions, key, states):
+        self.asked.append(SimpleNamespace(pictures=[picture for picture, in pictures], states=states,
                                           instructions=list(instructions), key=key))
         return np.zeros((len(pictures), self.policy.chunk, 3))
 
@@ -282,6 +286,26 @@ def test_so_many_actions_of_a_chunk_are_executed(execute, times, tmp_path, monke
     stub = Stub(chunk=4)
     let_act(monkeypatch, stub, "--ckpt", tmp_path, "--rollouts", 2, "--execute", execute)
     assert len(stub.asked) == 2 * times                     # 30 steps in each of two kinds
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_a_policy_is_told_where_its_gripper_is_unless_that_is_hidden(hide, tmp_path, monkeypatch):
+    stub = Stub(state_size=3)
+    let_act(monkeypatch, stub, "--ckpt", tmp_path, "--rollouts", 2, *["--hide_state"] * hide)
+    if hide:
+        assert all(call.states == [None] * 2 for call in stub.asked)
+        return
+    first, second = stub.asked[0].states
+    assert first != second and all(13 <= place <= PIXELS - 13 for place in (*first[:2], *second[:2]))
+    assert first[2] == second[2] == 1                       # a rollout begins with an open gripper
+    # An action of zeros: towards the corner, and closed.
+    assert [call.states[0] for call in stub.asked[6:30]] == [[13, 13, 0]] * 24
+
+
+@pytest.mark.parametrize("size, flags", [(4, []), (0, ["--hide_state"])])
+def test_a_state_of_another_robot_is_refused(size, flags, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=f"it reads a state of {size} numbers, that of this robot has 3"):
+        let_act(monkeypatch, Stub(state_size=size), "--ckpt", tmp_path, *flags)
 
 
 def test_more_than_the_chunk_can_not_be_executed(tmp_path, monkeypatch):

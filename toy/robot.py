@@ -3,7 +3,7 @@
 A table seen from above, two to four colored shapes as in world.py, and a gripper. The task is one sentence,
 such as "put the red circle on the blue square". Places are in pixels of the picture, row first: (0, 0) is the
 top left corner. An action is (row, column, grip): where to move, of which one action does at most STEP on
-each axis; grip 1 = open, 0 = close.
+each axis; grip 1 = open, 0 = close. The state of the robot (--state) is where its gripper is, and its grip.
 
     python toy/robot.py       # writes data/toy_robot: episodes of an expert; `train.py` does it by itself
     python toy/robot.py --ckpt runs/toy-vla-x7 --rollouts 100       # lets a policy act: how often is it done?
@@ -47,7 +47,7 @@ class RobotConfig:
     ckpt: str = knob("", "run folder or step folder of a policy: it acts, and no episodes are written")
     rollouts: int = knob(100, "with --ckpt: unseen scenes of each kind, in which the policy acts", "episodes")
     execute: int = knob(
-        0, "with --ckpt: how many actions of a chunk are done before the policy is asked again; 0 = all of it")
+        0, "with --ckpt: how many actions of a chunk are done before the policy is asked again; 0 = all")
     batch_size: int = knob(50, "with --ckpt: pictures that the policy is asked about at once", "pictures")
     unnorm_key: str = knob(
         "", "with --ckpt: the dataset whose units the actions are in; needed if the policy knows several")
@@ -55,6 +55,7 @@ class RobotConfig:
         False, "with --ckpt: tell the policy another task than the one that counts")
     blank_images: bool = knob(
         False, "with --ckpt: replace every picture by a black one: does the policy look at all?")
+    hide_state: bool = knob(False, "with --ckpt, of a policy with --state: don't tell it the robot's state")
     out: str = knob("", "with --ckpt: where the scores go; empty = rollouts.json in the run folder. "
                         "A picture of the same name is drawn beside it")
 
@@ -65,7 +66,8 @@ class RobotConfig:
                             "execute": (0, 1000)})
         # Otherwise --rollouts without --ckpt would write thousands of episodes, which nobody asked for.
         unread = ("folder", "seed", "episodes") if self.ckpt else (
-            "rollouts", "execute", "batch_size", "unnorm_key", "wrong_instruction", "blank_images", "out")
+            "rollouts", "execute", "batch_size", "unnorm_key", "wrong_instruction", "blank_images",
+            "hide_state", "out")
         for f in fields(self):
             if f.name in unread and getattr(self, f.name) != f.default:
                 raise UserError(f"--{f.name} is of no use {'with' if self.ckpt else 'without'} --ckpt: "
@@ -131,6 +133,10 @@ class Table:
             self.looks.append((color, rng.uniform(9.5, 12.5), rng.uniform(-0.25, 0.25)))
         self.stack = list(range(len(task.scene)))           # from below: what was taken last lies on top
         self.gripper, self.open, self.held = anywhere(rng), True, None
+
+    def state(self):
+        """(row, column, grip): what a robot knows of itself without a look."""
+        return [round(float(number), 3) for number in (*self.gripper, self.open)]
 
     def take(self, i):
         self.open, self.held = False, i
@@ -212,7 +218,7 @@ def inexact(action, rng):
 
 
 def record(task, rng, slip=0.06):
-    """One episode of the expert: [(picture, action), ...].
+    """One episode of the expert: [(picture, state, action), ...].
 
     Written down is its answer to what the picture shows. What happens is inexact, and slips.
     """
@@ -220,7 +226,7 @@ def record(task, rng, slip=0.06):
     random_start(table, rng)
     while len(steps) < MOST_STEPS and not table.success():
         action = table.expert()
-        steps.append((table.picture(), action))
+        steps.append((table.picture(), table.state(), action))
         moved = inexact(action, rng)
         if rng.random() < slip:
             moved[2] = 1 - moved[2]
@@ -237,11 +243,11 @@ def write(folder, seed=0, episodes=4000):
             steps = record(task, rng)
             name = f"{split}_{e:05d}"
             (folder / "images" / name).mkdir(parents=True, exist_ok=True)
-            for i, (picture, _) in enumerate(steps):
+            for i, (picture, _, _) in enumerate(steps):
                 picture.save(folder / "images" / name / f"{i:03d}.png")
             rows.append({"id": name, "instruction": str(task), "steps": [
-                {"image": f"{name}/{i:03d}.png", "action": [round(float(a), 3) for a in action]}
-                for i, (_, action) in enumerate(steps)]})
+                {"image": f"{name}/{i:03d}.png", "action": [round(float(a), 3) for a in action],
+                 "state": state} for i, (_, state, action) in enumerate(steps)]})
         unfinished = folder / f".{split}.unfinished"
         unfinished.unlink(missing_ok=True)
         unfinished.write_text(json.dumps(rows))
@@ -255,8 +261,8 @@ def swapped(task):
 
 
 def rollout(policy, count, unseen=False, swap=False, seed=1000):
-    """Lets `policy(pictures, instructions) -> (n, 3)` act on `count` tables, each until done or time is up.
-    Or (n, K, 3): K actions that are done one after the other, and meanwhile nothing is asked.
+    """Lets `policy(pictures, instructions, states) -> (n, 3)` act on `count` tables, each until done or time
+    is up. Or (n, K, 3): K actions that are done one after the other, and meanwhile nothing is asked.
 
     No layout is one of training's; `unseen`: nor is a pair of thing and target. `swap`: the policy is told
     the task the other way round; when that is done, the table ends, too. Returns a dict per table:
@@ -272,7 +278,7 @@ def rollout(policy, count, unseen=False, swap=False, seed=1000):
         for i, picture in zip(running, pictures):
             films[i].append(picture)
         if not plans.get(running[0]):                       # all of them, then: plans are equally long
-            actions = policy(pictures, [str(told[i]) for i in running])
+            actions = policy(pictures, [str(told[i]) for i in running], [tables[i].state() for i in running])
             plans = {i: list(np.reshape(chunk, (-1, 3))) for i, chunk in zip(running, actions)}
         for i in running:
             tables[i].step(inexact(plans[i].pop(0), rngs[i]))
@@ -306,12 +312,16 @@ def film_strips(results, path, rows=8, columns=10):
 
 def success_rates(assistant, cfg):
     """-> {kind: {"success", "count"}}, and every table's result for the film strips."""
-    def policy(pictures, instructions):
+    def policy(pictures, instructions, states):
         if cfg.blank_images:
             pictures = [Image.new("RGB", picture.size) for picture in pictures]
-        chunks = [assistant.act([[picture] for picture in pictures[i:i + cfg.batch_size]],
-                                instructions[i:i + cfg.batch_size], cfg.unnorm_key)
-                  for i in range(0, len(pictures), cfg.batch_size)]
+        if cfg.hide_state:
+            states = [None] * len(states)
+        chunks = []
+        for i in range(0, len(pictures), cfg.batch_size):
+            some = slice(i, i + cfg.batch_size)
+            chunks.append(assistant.act([[picture] for picture in pictures[some]], instructions[some],
+                                        cfg.unnorm_key, states[some]))
         return np.concatenate(chunks)[:, :cfg.execute or None]                              # (n, E, 3)
     scores, shown = {}, []
     for kind, unseen in (("unseen layouts", False), ("unseen pairs", True)):
@@ -336,6 +346,9 @@ def let_act(cfg):
     if cfg.execute and cfg.execute > assistant.policy.chunk:
         raise UserError(f"--execute {cfg.execute}: this policy answers with {assistant.policy.chunk} actions "
                         "(--chunk of its training). Give no more than that")
+    if assistant.policy.state_size not in ((3,) if cfg.hide_state else (0, 3)):
+        raise UserError(f"--ckpt {cfg.ckpt}: it reads a state of {assistant.policy.state_size} numbers, that "
+                        "of this robot has 3 (0: trained without --state, so there is nothing to hide)")
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "rollouts.json"
     check_writable(out)
     scores, shown = success_rates(assistant, cfg)
