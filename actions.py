@@ -5,7 +5,8 @@
 
 and back. Ids are computed, never written as text and read again: some tokenizers would read something else.
 With --chunk K an answer holds K actions, that of this step and those of the steps behind it (ACT, arXiv
-2304.13705; for such tokens OpenVLA-OFT, arXiv 2502.19645). With --state a question holds what the robot
+2304.13705; for such tokens OpenVLA-OFT, arXiv 2502.19645), with --decode parallel all at once
+(parallel.py). With --state a question holds what the robot
 knows of itself, S numbers that become ids in the same way. Shapes: A dimensions, K actions of a chunk.
 
 An episode is one JSON object with many examples, one for each step:
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from config import BadExample, UserError
+import parallel
+from config import BadExample, UserError, read_config
 from data import Conversations
 from prompts import IGNORE, Piece, assemble, to_pieces
 
@@ -37,15 +39,16 @@ class ActionTokens:
     pictures:   how many a step has; None = not known (a checkpoint of an older version).
     chunk:      K, how many actions an answer holds.
     state:      whether a question holds the robot's state.
+    decoding:   how an answer comes: "tokens", one by one, or in "parallel".
 
     As OpenVLA: id = end - bin, bins count from 1, a bin stands for its center. OpenVLA's end is the size of
     the base vocabulary; so is ours, unless control tokens lie among its last 256 ids (GPT-2's end of text
     does): then below them.
     """
 
-    def __init__(self, end, statistics, pictures=None, chunk=1, state=False):
+    def __init__(self, end, statistics, pictures=None, chunk=1, state=False, decoding="tokens"):
         self.end, self.statistics, self.pictures = end, statistics, pictures
-        self.chunk, self.state = chunk, state
+        self.chunk, self.state, self.decoding = chunk, state, decoding
         self.edges = np.linspace(-1, 1, BINS)
         self.centers = (self.edges[:-1] + self.edges[1:]) / 2                               # (255,)
 
@@ -155,7 +158,7 @@ class ActionTokens:
     def saved(self):
         """What a checkpoint keeps. `statistics` is OpenVLA's dataset_statistics.json."""
         return {"end": self.end, "bins": BINS, "statistics": self.statistics, "pictures": self.pictures,
-                "chunk": self.chunk}
+                "chunk": self.chunk, "decode": self.decoding}
 
     @classmethod
     def load(cls, saved):
@@ -163,9 +166,10 @@ class ActionTokens:
         try:
             statistics = saved["statistics"]
             policy = cls(saved["end"], statistics, saved.get("pictures"), saved.get("chunk", 1),
-                         any("state" in of for of in statistics.values()))
+                         any("state" in of for of in statistics.values()), saved.get("decode", "tokens"))
             sound = (BINS <= policy.end <= 10 ** 7 and 1 <= policy.dimensions <= 1000
                      and type(policy.chunk) is int and 1 <= policy.chunk <= 1000
+                     and policy.decoding in ("tokens", "parallel")
                      and (policy.pictures is None or 1 <= policy.pictures <= 100))
             for name, size in policy.sizes.items():
                 for low, high, mask in (policy._range(key, name) for key in statistics):
@@ -177,6 +181,14 @@ class ActionTokens:
         except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as e:
             raise UserError("the checkpoint's state.json holds no actions that can be used "
                             f"({type(e).__name__}: {e})") from e
+
+    def begin(self, model, cfg):
+        """For a run that trains. A checkpoint of stage vla has what the actions need; to any other is added:
+        rows of the embedding table, and slots."""
+        if any(name.startswith("llm") for name in cfg.trained) and read_config(cfg.ckpt).stage != "vla":
+            self.fresh_rows(model.llm, cfg.seed)
+        if self.decoding == "parallel":
+            parallel.begin(model, self.length, cfg)
 
     @torch.no_grad()
     def fresh_rows(self, llm, seed):
@@ -199,8 +211,9 @@ class ActionTokens:
         targets = batch["labels"][:, 1:]
         guessed = targets.clone()
         guessed[targets != IGNORE] = predicted.cpu()
-        # A row ends with its actions and the end token. Label t + 1 is target t.
-        first = batch["attention_mask"].sum(1) - self.length - 2                            # (B,)
+        # A row ends with its actions and the end token, which is not learned in parallel. Label t + 1 is
+        # target t.
+        first = batch["attention_mask"].sum(1) - self.length - 1 - int(self.decoding == "tokens")         # (B,)
         at = first[:, None] + torch.arange(self.length)
         wanted, got = (ids.gather(1, at).view(-1, self.chunk, self.dimensions).numpy()
                        for ids in (targets, guessed))
@@ -356,6 +369,12 @@ class Episodes(Conversations):
             self._check_whole(labels)
             unlearned = self._repeats(row) * self.policy.dimensions
             labels[-1 - unlearned:-1] = [IGNORE] * unlearned
+            if self.policy.decoding == "parallel":
+                # The model compares what comes out at a position with the label one further (VLM.forward).
+                # So the label of a slot stands one further, and the end token makes room for the last.
+                answer = slice(-1 - self.policy.length, None)
+                input_ids[answer] = [parallel.SLOT] * self.policy.length + [self.language.end_id]
+                labels[answer] = [IGNORE] + labels[answer][:-1]
         return input_ids, labels
 
     def _length(self, pieces, texts):
@@ -426,7 +445,8 @@ def numbers_of(episode, name):
 
 def open_episodes(cfg, language, about):
     """The files of stage vla as train.py reads them -> how their actions become tokens, a dataset of each."""
-    policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=cfg.chunk, state=cfg.state)
+    policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=cfg.chunk, state=cfg.state,
+                          decoding=cfg.decode)
     files = [Episodes(path, *about, policy, cfg.skip_bad_examples, cfg.seed)
              for path in cfg.train_json.split(",")]
     for file in files:

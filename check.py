@@ -64,12 +64,16 @@ import ranks
 from data import Conversations
 from model import load
 from images import Pictures, load_image_transforms
+from parallel import SLOT
 from prompts import IGNORE, IMAGE, load_language
 
 
 def show(input_ids, labels, tokenizer):
     """An example as text: its patches are counted, >> << stand around what the loss sees."""
-    text, i = "", 0
+    slots, text, i = input_ids.count(SLOT), "", 0
+    if slots:                               # at the end; what is learned there stands one further
+        learned = tokenizer.decode([label for label in labels if label != IGNORE])
+        return show(input_ids[:-1 - slots], labels, tokenizer) + f"[{slots} slots]>>{learned}<<"
     while i < len(input_ids):
         learned, picture, j = labels[i] != IGNORE, input_ids[i] == IMAGE, i
         while j < len(input_ids) and (labels[j] != IGNORE, input_ids[j] == IMAGE) == (learned, picture):

@@ -272,6 +272,9 @@ def parts_of(cfg, step_folder):
         if getattr(cfg, name) != getattr(before, name):
             raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
                             f"{getattr(before, name)}. Leave the flag out")
+    if before.decode == "parallel" != cfg.decode:
+        raise UserError(f"--ckpt {cfg.ckpt} was trained with --decode parallel: only --stage vla with this "
+                        "flag goes on from there")
     return read_state(step_folder)["parts"]
 
 
@@ -300,6 +303,9 @@ def load_weights(model, step_folder):
         if read_state(step_folder).get("lora"):
             import lora
             lora.prepare(model, step_folder)
+        if "projector.slots" in saved and not hasattr(model.projector, "slots"):
+            import parallel
+            parallel.add_slots(model, saved["projector.slots"])
         parts = {name.split(".")[0] for name in saved} | set(read_state(step_folder)["parts"])
         wanted = tensors_of(model, parts)
         wrong = ([f"missing {name}" for name in wanted if name not in saved]

@@ -136,6 +136,8 @@ class Config:
         "instead of stopping")
     num_workers: int = knob(4, "processes that read data, per GPU; 0 = none")
     chunk: int = knob(1, "vla: actions of an answer, this step's and those of the steps behind it", "steps")
+    decode: Literal["tokens", "parallel"] = knob(
+        "tokens", "vla: one action token after the other, or all of an answer in one forward")
     state: bool = knob(False, "vla: the robot's state stands in the question; unknown in a fifth of training")
     keep_dimensions: str = knob(
         "", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")

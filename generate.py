@@ -144,22 +144,31 @@ class Assistant:
         return policy.decode(self.action_ids(examples).reshape(-1, policy.chunk, policy.dimensions), key)
 
     def action_ids(self, examples):
-        """-> (n, K A) the likeliest action token, K A times. A policy can't answer in words: of the logits
-        only those of the 256 actions are looked at."""
+        """-> (n, K A) the likeliest action token, K A times, one by one or all at once. A policy can't answer
+        in words: of the logits only those of the 256 actions are looked at."""
         policy, llm = self.policy, self.model.llm
         x, mask, _ = self.embed(examples, policy.length, policy.length)         # (B, T, D), (B, T)
+        if policy.decoding == "parallel":
+            import parallel
+            slots = parallel.slots_of(self.model, policy.length)
+            states = parallel.states(self.model, slots, x, mask.bool().to(self.device))     # (B, K A, D)
+            return self.likeliest(states).cpu().numpy()
         positions = (mask.cumsum(1) - 1).clamp_min(0).to(self.device)   # padding on the left is not counted
         mask = None if mask.all() else mask.to(self.device)             # without one, attention is faster
-        head, cache, ids = llm.get_output_embeddings(), None, []
+        cache, ids = None, []
         for _ in range(policy.length):
             out = llm.base_model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
                                  past_key_values=cache, use_cache=True)
-            logits = head(out.last_hidden_state[:, -1])[:, policy.ids[0]:policy.end]        # (B, 256)
-            ids.append(logits.argmax(-1) + policy.ids[0])
+            ids.append(self.likeliest(out.last_hidden_state[:, -1]))                        # (B,)
             x, cache, positions = llm.get_input_embeddings()(ids[-1][:, None]), out.past_key_values, (
                 positions[:, -1:] + 1)
             mask = mask if mask is None else torch.cat([mask, mask[:, -1:]], 1)
         return torch.stack(ids, 1).cpu().numpy()
+
+    def likeliest(self, states):
+        """(..., D) -> (...) the likeliest of the 256 action ids."""
+        first = self.policy.ids[0]
+        return self.model.llm.get_output_embeddings()(states)[..., first:self.policy.end].argmax(-1) + first
 
     def answer_ids(self, examples, max_new_tokens=256, streamer=None, **options):
         """-> one list of new ids per example, end token included. options: for transformers' generate."""

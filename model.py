@@ -172,8 +172,11 @@ class VLM(nn.Module):
         Without a mask the attention kernel takes its fast causal path.
         """
         patches_at, learned_at = places or find_places(input_ids, labels)                      # (N P,), (S,)
-        x = self.embed(input_ids, pixel_values, patches_at)                                 # (B, T, D)
-        states = self.llm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state    # (B, T, D)
+        x, seen = self.embed(input_ids, pixel_values, patches_at), {}                       # (B, T, D)
+        if hasattr(self.projector, "slots"):
+            import parallel                                 # a policy, --decode parallel
+            x, seen = parallel.fill(self.projector.slots, x, input_ids)
+        states = self.llm.base_model(inputs_embeds=x, use_cache=False, **seen).last_hidden_state
         states = states.flatten(0, 1).index_select(0, learned_at)                           # (S, D)
         targets = labels.flatten().index_select(0, learned_at + 1)                          # (S,)
         if len(targets) <= CHUNK:

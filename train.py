@@ -210,9 +210,8 @@ def prepare(cfg, start, trained, policy, sampler, device):
     check.check_fits(model.llm, int(sampler.lengths.max()), trained, bool(sampler.has_image.all()))
     if start:
         checkpoint.load_weights(model, start)
-    if policy and "llm" in trained and config.read_config(cfg.ckpt).stage != "vla":
-        # New rows of the embedding table, for action tokens. A checkpoint of stage vla has trained ones.
-        policy.fresh_rows(model.llm, cfg.seed)
+    if policy:
+        policy.begin(model, cfg)                            # rows of the embedding table for action tokens
     model.set_trained(cfg.trained)
     if cfg.lora_rank or model.adapters:                     # those of --ckpt
         import lora

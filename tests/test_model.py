@@ -645,7 +645,7 @@ def test_actions_are_those_of_generation_among_action_ids(kind, tmp_path):
     width = llm.get_input_embeddings().embedding_dim
     vision = VisionBackbone([VISION["siglip"]()])
     assistant.model = VLM(vision, make_projector("gelu-mlp", 32, width), llm).eval()
-    assistant.policy = SimpleNamespace(dimensions=5, ids=list(range(20, 60)), end=60)
+    assistant.policy = SimpleNamespace(length=5, decoding="tokens", ids=list(range(20, 60)), end=60)
     many, options = [example(i) for i in (0, 5, 2, 7)], {"min_new_tokens": 5, "max_new_tokens": 5}
     for examples in (many, [example(3), example(3) | {"images": example(4)["images"]}]):
         with torch.no_grad():

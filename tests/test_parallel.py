@@ -1,0 +1,143 @@
+"""parallel.py: what slots see, where their losses stand, and runs that act by them."""
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from test_actions import base, robot, train_robot                                           # noqa: F401
+from test_model import IGNORE, LLMS, VISION, example, saved_llm
+from test_train import assert_same_curve, weights
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+import parallel
+from data import collate
+from generate import Assistant
+from model import VLM, VisionBackbone, load_llm, make_projector
+from parallel import SLOT
+
+COUNT = 6                                                   # slots: two actions of three dimensions
+
+
+def with_slots(llm, seed=0):
+    torch.manual_seed(seed)
+    width = llm.get_input_embeddings().embedding_dim
+    model = VLM(VisionBackbone([VISION["siglip"]()]), make_projector("gelu-mlp", 32, width), llm).eval()
+    parallel.add_slots(model, (COUNT, width))
+    torch.nn.init.normal_(model.projector.slots, std=0.5)
+    return model
+
+
+def asked(i, targets=None):
+    """Example i's prompt, of another length for each i, and slots; `targets`: ids that they are to give."""
+    prompt = example(i)
+    targets = torch.arange(10 + i, 10 + i + COUNT) if targets is None else torch.tensor(targets)
+    tail = torch.tensor([SLOT] * COUNT + [2])
+    labels = torch.cat([torch.full((len(prompt["input_ids"]) + 1,), IGNORE), targets])
+    return prompt | {"input_ids": torch.cat([prompt["input_ids"], tail]), "labels": labels}
+
+
+@torch.no_grad()
+def states_of(model, examples):
+    """-> states (B, T, D), and those at the slots (B, COUNT, D)."""
+    batch = collate(examples)
+    x = model.embed(batch["input_ids"], batch["pixel_values"])
+    x, seen = parallel.fill(model.projector.slots, x, batch["input_ids"])
+    states = model.llm.base_model(inputs_embeds=x, use_cache=False, **seen).last_hidden_state
+    return states, states[batch["input_ids"] == SLOT].view(len(examples), COUNT, -1)
+
+
+every_llm = pytest.mark.parametrize("kind", LLMS)
+
+
+@every_llm
+def test_the_states_of_a_prompt_do_not_depend_on_the_slots(kind, tmp_path):
+    model = with_slots(load_llm(saved_llm(LLMS[kind](), tmp_path)))
+    many = [asked(i) for i in (0, 5, 2)]
+    lengths = [len(each["input_ids"]) - COUNT - 1 for each in many]
+    before, at_slots = states_of(model, many)
+    torch.nn.init.normal_(model.projector.slots, std=5.0)
+    after, other = states_of(model, many)
+    for one, two, length in zip(before, after, lengths):
+        assert torch.equal(one[:length], two[:length])
+    assert ((at_slots - other).abs().amax(-1) > 1e-3).all()
+    # And they are those of plain causal attention.
+    batch = collate([example(i) for i in (0, 5, 2)])
+    with torch.no_grad():
+        plain = model.llm.base_model(inputs_embeds=model.embed(batch["input_ids"], batch["pixel_values"]),
+                                     use_cache=False).last_hidden_state
+    for one, two, length in zip(before, plain, lengths):
+        assert_close(one[:length], two[:length], rtol=1e-4, atol=1e-5)      # another kernel
+
+
+@every_llm
+def test_each_slot_sees_the_prompt_and_all_slots(kind, tmp_path):
+    model = with_slots(load_llm(saved_llm(LLMS[kind](), tmp_path)))
+    _, before = states_of(model, [asked(3)])
+
+    def changed(examples):
+        return (states_of(model, examples)[1] != before).any(-1)[0].tolist()
+
+    assert not any(changed([asked(3)]))
+    for slot in (0, COUNT - 1):
+        kept = model.projector.slots.detach().clone()
+        with torch.no_grad():
+            model.projector.slots[slot] += 1
+        assert changed([asked(3)]) == [True] * COUNT
+        model.projector.slots.data.copy_(kept)
+    other = asked(3)
+    other["input_ids"][len(other["input_ids"]) - COUNT - 4] = 50            # the third word from the end
+    assert changed([other]) == [True] * COUNT
+
+
+@every_llm
+def test_rows_of_a_batch_are_as_alone_and_training_is_as_acting(kind, tmp_path):
+    """Padded on the right as in training, on the left as for acting, or not at all."""
+    model = with_slots(load_llm(saved_llm(LLMS[kind](), tmp_path)))
+    which = (0, 5, 2, 7)
+    _, batched = states_of(model, [asked(i) for i in which])
+    for i, row in zip(which, batched):
+        assert_close(states_of(model, [asked(i)])[1][0], row, rtol=1e-4, atol=1e-5)
+    assistant = object.__new__(Assistant)
+    assistant.device, assistant.model = torch.device("cpu"), model
+    assistant.policy = SimpleNamespace(length=COUNT, decoding="parallel", ids=list(range(20, 60)), end=60)
+    with torch.no_grad():
+        x, real, _ = assistant.embed([example(i) for i in which], COUNT, COUNT)
+        left = parallel.states(model, model.projector.slots, x, real.bool())
+        assert_close(left, batched, rtol=1e-4, atol=1e-5)
+        want = model.llm.get_output_embeddings()(batched)[..., 20:60].argmax(-1) + 20
+        assert assistant.action_ids([example(i) for i in which]).tolist() == want.tolist()
+        for i, ids in zip(which, want.tolist()):
+            assert assistant.action_ids([example(i)]).tolist() == [ids]
+
+
+@every_llm
+def test_a_slot_learns_its_own_token(kind, tmp_path):
+    model = with_slots(load_llm(saved_llm(LLMS[kind](), tmp_path)))
+    model.set_trained(("projector", "llm"))
+    model.eval()
+    targets = [[11, 12, 13, 14, 15, 16], [21, 22, 23, IGNORE, IGNORE, IGNORE], [31, 32, 33, 34, 35, 36]]
+    many = [asked(i, wanted) for i, wanted in zip((0, 5, 2), targets)]
+    batch = collate(many)
+    loss, guessed = model(batch["input_ids"], batch["labels"], batch["pixel_values"], batch["places"])
+    logits = model.llm.get_output_embeddings()(states_of(model, many)[1])                   # (3, COUNT, V)
+    wanted = torch.tensor(targets)
+    want = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")           # IGNORE is skipped
+    assert_close(loss, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(guessed, logits[wanted != IGNORE].argmax(-1)) and len(guessed) == 15
+    loss.backward()
+    assert (model.projector.slots.grad.abs().amax(1) > 0).all()
+
+
+def test_a_text_in_between_is_read_as_without_slots(tmp_path):
+    """Of a policy that also trains on conversations: the same loss, and no gradient for the slots."""
+    model = with_slots(load_llm(saved_llm(LLMS["Llama, Vicuna"](), tmp_path)))
+    model.set_trained(("projector", "llm"))
+    batch = collate([example(i) for i in range(4)])
+    loss, _ = model.eval()(batch["input_ids"], batch["labels"], batch["pixel_values"], batch["places"])
+    loss.backward()
+    assert model.projector.slots.grad is None or not model.projector.slots.grad.any()
+    del model.projector.slots
+    want, _ = model(batch["input_ids"], batch["labels"], batch["pixel_values"], batch["places"])
+    assert_close(loss, want, rtol=1e-5, atol=1e-5)
