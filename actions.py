@@ -15,7 +15,10 @@ An episode is one JSON object with many examples, one for each step:
 
 A step may have a "state", too; or the episode has one, a list with a list of numbers for each step.
 """
+import json
 import sys
+from copy import copy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -168,7 +171,7 @@ class ActionTokens:
             policy = cls(saved["end"], statistics, saved.get("pictures"), saved.get("chunk", 1),
                          any("state" in of for of in statistics.values()), saved.get("decode", "tokens"))
             sound = (BINS <= policy.end <= 10 ** 7 and 1 <= policy.dimensions <= 1000
-                     and type(policy.chunk) is int and 1 <= policy.chunk <= 1000
+                     and type(policy.chunk) is int and 1 <= policy.chunk <= 999
                      and policy.decoding in ("tokens", "parallel")
                      and (policy.pictures is None or 1 <= policy.pictures <= 100))
             for name, size in policy.sizes.items():
@@ -189,6 +192,8 @@ class ActionTokens:
             self.fresh_rows(model.llm, cfg.seed)
         if self.decoding == "parallel":
             parallel.begin(model, self.length, cfg)
+        elif hasattr(model.projector, "slots"):
+            del model.projector.slots
 
     @torch.no_grad()
     def fresh_rows(self, llm, seed):
@@ -207,14 +212,18 @@ class ActionTokens:
 
     def measure(self, batch, predicted):
         """A batch and its predicted tokens (S,) -> (K + 2 K A,) sums. For each place in the chunk: examples
-        that have an action there; per dimension, right tokens; per dimension, |error| in physical units."""
+        that have an action there; per dimension, right tokens; per dimension, |error| in physical units.
+        A batch of conversations -> (2,): right tokens, and how many there are."""
         targets = batch["labels"][:, 1:]
+        if batch["sources"][0] not in self.statistics:
+            right = predicted.cpu() == targets[targets != IGNORE]
+            return torch.tensor([right.sum(), len(right)], dtype=torch.float64)
         guessed = targets.clone()
         guessed[targets != IGNORE] = predicted.cpu()
         # A row ends with its actions and the end token, which is not learned in parallel. Label t + 1 is
         # target t.
-        first = batch["attention_mask"].sum(1) - self.length - 1 - int(self.decoding == "tokens")         # (B,)
-        at = first[:, None] + torch.arange(self.length)
+        behind = batch["attention_mask"].sum(1) - 1 - int(self.decoding == "tokens")        # (B,)
+        at = behind[:, None] + torch.arange(-self.length, 0)
         wanted, got = (ids.gather(1, at).view(-1, self.chunk, self.dimensions).numpy()
                        for ids in (targets, guessed))
         there = wanted != IGNORE                            # not behind the end of the episode
@@ -225,7 +234,9 @@ class ActionTokens:
 
     def metrics(self, scores):
         """`measure`'s sums -> the mean accuracy; accuracy and L1 error of each dimension. In a chunk also the
-        L1 errors at each place, None where no example has an action."""
+        L1 errors at each place, None where no example has an action. Of conversations the accuracy alone."""
+        if len(scores) == 2:
+            return {"accuracy": scores[0] / scores[1]}
         there, each = np.array(scores[:self.chunk]), np.array(scores[self.chunk:])
         each = each.reshape(2, self.chunk, self.dimensions)
         accuracies, l1 = each.sum(1) / there.sum()
@@ -402,6 +413,11 @@ class Episodes(Conversations):
         return {1 if isinstance(step["image"], str) else len(step["image"])
                 for episode in self.objects() for step in episode["steps"]}
 
+    def lengths(self):
+        """Steps of a robot are a modality of their own, 2 (sampler.py)."""
+        lengths, has_image = super().lengths()
+        return lengths, 2 * has_image
+
     def first_steps(self):
         """(n,) bool: which examples are the first step of their episode."""
         return self.places[:, 2] == 0
@@ -444,14 +460,52 @@ def numbers_of(episode, name):
 
 
 def open_episodes(cfg, language, about):
-    """The files of stage vla as train.py reads them -> how their actions become tokens, a dataset of each."""
+    """The files of stage vla as train.py reads them -> how their actions become tokens, a dataset of each.
+
+    Conversations may be among them: a model that learns nothing but actions forgets how to answer (RT-2,
+    arXiv 2307.15818, trains on both). Each file's pictures may lie in a folder of their own."""
     policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=cfg.chunk, state=cfg.state,
                           decoding=cfg.decode)
-    files = [Episodes(path, *about, policy, cfg.skip_bad_examples, cfg.seed)
-             for path in cfg.train_json.split(",")]
+    paths, (_, pictures, max_length), files = cfg.train_json.split(","), about, []
+    acts = [holds_episodes(path) for path in paths]
+    pictures.image_dir = Path(image_dirs(cfg)[0])
+    for path, folder, robot in zip(paths, image_dirs(cfg), acts):
+        here = copy(pictures)                               # of the same epoch, which lies in shared memory
+        here.image_dir = Path(folder)
+        # Where no file has episodes, all are opened as such, and the first says what is missing in it.
+        if robot or not any(acts):
+            files.append(Episodes(path, language, here, max_length, policy, cfg.skip_bad_examples, cfg.seed))
+            policy.learn_units(files[-1], [int(d) for d in cfg.kept_dimensions])
+        else:
+            files.append(Conversations(path, language, here, max_length, cfg.skip_bad_examples))
     for file in files:
-        policy.learn_units(file, [int(d) for d in cfg.kept_dimensions])
+        if type(file) is Conversations and file.name in policy.statistics:
+            raise UserError(f"{file.path}: a file of episodes is called {file.name!r}, too. Rename one of "
+                            "them, or its folder")
     return policy, files
+
+
+def image_dirs(cfg):
+    """--image_dir for each file of --train_json: one for all, or as many as there are files."""
+    files, folders = cfg.train_json.split(","), cfg.image_dir.split(",")
+    return folders if len(files) == len(folders) > 1 else [cfg.image_dir] * len(files)
+
+
+def holds_episodes(path):
+    """Whether the first object of a file is an episode, not a conversation. If it can't be read: True, and
+    then the reader of episodes says why."""
+    size, decoder = 2 ** 16, json.JSONDecoder()
+    while Path(path).is_file():
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            text = file.read(size)
+        begin = text.lstrip(" \t\r\n[")
+        try:
+            return "steps" in decoder.raw_decode(begin)[0]
+        except (ValueError, RecursionError, TypeError):     # cut off here, or really no JSON object
+            if len(text) < size:
+                break
+            size *= 8
+    return True
 
 
 AREA = 0.9                                                  # share of a picture that a crop keeps, as OpenVLA

@@ -33,8 +33,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 # -- a step folder: find -------------------------------------------------------------------------------------
 
 def step_folders(run):
-    """All step folders of a run, oldest first.
-    A folder gets this name only after all its files are on disk."""
+    """All step folders of a run, oldest first. A folder is called so only when all its files are on disk."""
     folders = [path for path in Path(run).glob("step-*")
                if re.fullmatch("step-[0-9]{8,}", path.name) and path.is_dir()]
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
@@ -223,8 +222,7 @@ def write_text(path, text):
 
 
 def flush(path):
-    """What was written is on the disk, not in a cache, when this returns.
-    Works for folders too (their list of names)."""
+    """What was written is on the disk when this returns, not in a cache; of folders, their list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -272,16 +270,12 @@ def parts_of(cfg, step_folder):
         if getattr(cfg, name) != getattr(before, name):
             raise UserError(f"--{name} {getattr(cfg, name)}: the checkpoint {cfg.ckpt} was made with "
                             f"{getattr(before, name)}. Leave the flag out")
-    if before.decode == "parallel" != cfg.decode:
-        raise UserError(f"--ckpt {cfg.ckpt} was trained with --decode parallel: only --stage vla with this "
-                        "flag goes on from there")
     return read_state(step_folder)["parts"]
 
 
 def tensors_of(module, parts):
-    """State dict of the given parts.
-    Some models use one tensor twice, as embedding and as output ("tied"). It goes in once, under its first
-    name: safetensors refuses two."""
+    """State dict of the given parts. A tensor that a model uses twice, as embedding and as output ("tied"),
+    goes in once, under its first name: safetensors refuses two."""
     tensors, seen, adapters = {}, set(), getattr(module, "adapters", None)
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name.split(".")[0] in parts and tensor not in seen and (not adapters or adapters.saves(name)):

@@ -104,7 +104,8 @@ class Config:
     train_json: str = knob(
         "", "training examples: LLaVA JSON, JSON lines, or episodes; several files joined by commas")
     mixture: str = knob("", "how often each file of train_json comes in an epoch, such as 3,1; empty = once")
-    image_dir: str = knob("", "where the pictures' paths start: a folder, an uncompressed .zip or .tar")
+    image_dir: str = knob("", "where the pictures' paths start: a folder, an uncompressed .zip or .tar; vla: "
+                          "or one for each file of train_json, a,b")
     val_json: str = knob("", "held-out examples, scored when the run ends; empty = no score")
     val_every: int = knob(
         0, "loss and accuracy on val_json every so many steps, and at the end; 0 = never", "steps")
@@ -132,15 +133,12 @@ class Config:
     keep_epochs: bool = knob(False, "also save at the end of each epoch, and never remove these checkpoints")
     overwrite: bool = knob(False, "delete a run folder of the same name and start over")
     skip_bad_examples: bool = knob(
-        False, "replace an example that can't be read by the next good one, and count it, "
-        "instead of stopping")
+        False, "replace an example that can't be read by the next good one, and count it; else the run stops")
     num_workers: int = knob(4, "processes that read data, per GPU; 0 = none")
     chunk: int = knob(1, "vla: actions of an answer, this step's and those of the steps behind it", "steps")
-    decode: Literal["tokens", "parallel"] = knob(
-        "tokens", "vla: one action token after the other, or all of an answer in one forward")
+    decode: Literal["tokens", "parallel"] = knob("tokens", "vla: action tokens one by one, or all at once")
     state: bool = knob(False, "vla: the robot's state stands in the question; unknown in a fifth of training")
-    keep_dimensions: str = knob(
-        "", "vla: action dimensions that are already in -1..1 and stay as they are, such as 6")
+    keep_dimensions: str = knob("", "vla: dimensions of actions that stay as they are, in -1..1, such as 6")
     augment: bool = knob(
         False, "vla: random crops of 90 % and random colors; a policy then sees the central 90 %")
     gradient_checkpointing: bool = knob(
@@ -151,8 +149,7 @@ class Config:
     compile: bool = knob(False, "torch.compile all blocks: fewer kernels, a slow first step; a CPU needs g++")
     tracker: Literal["", "tensorboard", "wandb"] = knob(
         "", "where else the metrics go, besides metrics.jsonl: a package that you have installed")
-    profile: int = knob(
-        0, "time the parts of so many steps: a table, and trace.json in the run folder", "steps")
+    profile: int = knob(0, "time the parts of so many steps: a table, and trace.json in the run", "steps")
     forecast: bool = knob(True, "on a GPU: count first what a step takes, and refuse what can't fit")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = knob(
         "auto", "of matrix products; auto = bf16 where the GPU has it, fp16 on V100 and T4, else fp32")
@@ -209,8 +206,7 @@ LIMITS = {"global_batch_size": (1, 10 ** 6), "per_device_batch_size": (1, 10 ** 
           "val_every": (0, 10 ** 9), "val_examples": (0, 10 ** 9),
           "seed": (0, 2 ** 32 - 1), "profile": (0, 1000), "learning_rate": (0, 1e30),
           "weight_decay": (0, 1e3), "warmup_ratio": (0, 1), "max_grad_norm": (1e-30, 1e30),
-          "lora_rank": (0, 10 ** 4), "lora_alpha": (1, 10 ** 6), "lora_dropout": (0, 0.99),
-          "chunk": (1, 1000)}
+          "lora_rank": (0, 10 ** 4), "lora_alpha": (1, 10 ** 6), "lora_dropout": (0, 0.99), "chunk": (1, 999)}
 
 
 def check_types(cfg):

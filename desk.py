@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from actions import image_dirs
 from config import BadExample, UserError
 from generate import Assistant
 from images import read_image
@@ -183,7 +184,7 @@ def examples(assistant):
     """Some of the run's held-out file, or else of its first one: question, bytes of its pictures."""
     cfg = assistant.cfg
     try:
-        data = assistant.dataset(cfg.val_json or cfg.train_json.split(",")[0], cfg.image_dir)
+        data = assistant.dataset(cfg.val_json or cfg.train_json.split(",")[0], image_dirs(cfg)[0])
         spread = np.unique(np.linspace(0, len(data) - 1, 20 * EXAMPLES).astype(int)).tolist()
         shown = [i for i in spread if images_of(data.row(i))]
         for i in shown[::max(1, len(shown) // EXAMPLES)][:EXAMPLES]:

@@ -65,6 +65,7 @@ import scores
 import sheets
 from answers import Answers, fingerprint
 from checkpoint import find, write_text
+from data import Conversations
 from errors import check_writable
 from generate import Assistant
 from images import read_image
@@ -291,9 +292,10 @@ def main(cfg):
     ranks.barrier()
     with ranks.rank_zero_first():                           # it may make the list of an archive's pictures
         data = assistant.dataset(cfg.json, cfg.image_dir)
-    if assistant.policy and (cfg.shuffle_images or cfg.metric != "exact"):
+    episodes = type(data) is not Conversations
+    if episodes and (cfg.shuffle_images or cfg.metric != "exact"):
         raise UserError(f"{cfg.ckpt} is a policy: --metric and --shuffle_images are for answers in words")
-    if assistant.policy:
+    if episodes:
         errors, unread = open_loop(assistant, data, cfg)
         results = errors["count"]
         if results and rank == 0:

@@ -93,8 +93,9 @@ class Assistant:
         about = path, self.language, Pictures(image_dir, self.transforms), self.cfg.max_length
         if self.policy:
             import actions
-            return actions.Episodes(*about, self.policy)
-        return Conversations(*about)
+            if actions.holds_episodes(path):
+                return actions.Episodes(*about, self.policy)
+        return Conversations(*about)                        # a policy may have learned to answer, too
 
     def example(self, question, images, earlier=(), state=None, key=""):
         """One question about already opened pictures (PIL, RGB) -> what `Conversations.question` gives.

@@ -83,8 +83,7 @@ class VisionBackbone(nn.Module):
 
 
 def make_projector(kind, vision_width, width):
-    """(N, P, D_v) -> (N, P, D).
-    linear and gelu-mlp as in LLaVA and LLaVA-1.5, fused-gelu-mlp as in Prismatic."""
+    """(N, P, D_v) -> (N, P, D). linear, gelu-mlp as in LLaVA, LLaVA-1.5, fused-gelu-mlp as in Prismatic."""
     if kind == "linear":
         return nn.Sequential(nn.Linear(vision_width, width))
     if kind == "gelu-mlp":
@@ -100,8 +99,7 @@ class VLM(nn.Module):
         self.trained, self.adapters = (), None              # see set_trained, and lora.py
 
     def set_trained(self, names):
-        """Only the named parts get gradients (see TRAINS in config.py);
-        the others also stay in eval mode: no dropout."""
+        """Only the named parts get gradients (TRAINS in config.py). Others stay in eval mode: no dropout."""
         self.trained = {name.split(".")[0] for name in names}
         self.requires_grad_(False)
         for name in names:
@@ -112,8 +110,7 @@ class VLM(nn.Module):
             else:
                 getattr(self, name).requires_grad_(True)
         if "vision" in self.trained:
-            # The last block, the final norm and the head come after the features:
-            # no gradient, so nothing to train.
+            # The last block, the final norm and the head stand behind the features: nothing to train.
             used = used_parameters(self.vision)
             for parameter in self.vision.parameters():
                 parameter.requires_grad_(parameter in used)

@@ -25,12 +25,14 @@ SLOT = -300                                 # stands in input_ids where a slot w
 
 
 def add_slots(model, shape):
-    """Gives a VLM places for slots, to be filled from a checkpoint or by `begin`. shape: K A, D."""
+    """Gives a VLM places for slots, to be filled from a checkpoint or by `begin`. shape: K A, D.
+
+    At first they are a buffer: what loads a policy keeps them, but only stage vla trains them."""
     table = model.llm.get_input_embeddings().weight
     if len(shape) != 2 or shape[1] != table.shape[1]:
         raise UserError(f"projector.slots is {tuple(shape)}, but the language model has a width of "
                         f"{table.shape[1]}")
-    model.projector.slots = nn.Parameter(torch.zeros(shape, device=table.device))
+    model.projector.register_buffer("slots", torch.zeros(shape, device=table.device))
 
 
 def slots_of(model, count):
@@ -53,7 +55,9 @@ def begin(model, count, cfg):
         add_slots(model, (count, table.shape[1]))
         drawn = torch.randn(count, table.shape[1], generator=torch.Generator().manual_seed(cfg.seed))
         model.projector.slots.copy_(drawn * table.std().cpu())
-    slots_of(model, count)
+    slots = slots_of(model, count)
+    del model.projector.slots
+    model.projector.slots = nn.Parameter(slots)
 
 
 def fill(slots, x, input_ids):

@@ -18,6 +18,7 @@ import chat
 import checkpoint
 import metrics as curves
 import trackers
+from actions import image_dirs
 from check import show
 from config import BadExample, UserError, printable, read_config
 from model import PARTS
@@ -97,7 +98,7 @@ def opening(cfg, model, data, sampler, total, step, rate):
             f"language model{where}")
     say("batch", f"{sampler.global_batch_size} = {sampler.per_device_batch_size} x "
         f"{sampler.accumulation} accumulated x {sampler.world_size} ranks · "
-        f"{len(sampler.lengths):,} examples ({int(sampler.has_image.sum()):,} with pictures) · "
+        f"{len(sampler.lengths):,} examples ({int((sampler.has_image > 0).sum()):,} with pictures) · "
         f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
     before = last_total(run)
     if before and before < total:
@@ -216,7 +217,8 @@ def duration(seconds):
 def closing(cfg, run):
     """Scores the held-out examples with the command that a user would type, and names the next step."""
     if cfg.val_json:
-        command = ["evaluate.py", "--ckpt", str(run), "--json", cfg.val_json, "--image_dir", cfg.image_dir,
+        folder = image_dirs(cfg)[0]
+        command = ["evaluate.py", "--ckpt", str(run), "--json", cfg.val_json, "--image_dir", folder,
                    "--out", str(run / "val.json")]
         print(f"\nscore    python {' '.join(command)}", flush=True)
         # Without RANK: torchrun's variables name a group of ranks that has ended. This is a world of one.

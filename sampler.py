@@ -2,9 +2,10 @@
 
 A global batch is what one optimizer step learns from, over all GPUs and micro-batches.
 
-A global batch holds one modality: all its examples have pictures, or none has. (A batch of both would pad
-short questions about pictures to long texts, and a rank without a picture would leave the projector out of
-its backward.) Inside a global batch lie examples of like length, so little is padded.
+A global batch holds one modality: all its examples have pictures, or none has; a policy that trains on
+conversations, too, has a third, a robot's steps. (A batch of both would pad short questions about pictures to
+long texts, and a rank without a picture would leave the projector out of its backward.) Inside a global batch
+lie examples of like length, so little is padded.
 
 In stage align all examples have pictures, so nothing is split. With --length_window 0, which the presets set
 there, its batches are those of a plain shuffled sampler, except that the longest comes first.
@@ -26,7 +27,7 @@ class SplitModalitySampler:
     """Yields one rank's micro-batches, each a list of example indices.
 
     lengths                (n,) positions of each example, patches included
-    has_image              (n,) bool
+    has_image              (n,) bool, or numbers of modalities: 0 text only, 1 with pictures, 2 a robot's step
     global_batch_size      examples per optimizer step;
                            must be a multiple of per_device_batch_size * world_size
     per_device_batch_size  examples per micro-batch
@@ -53,16 +54,15 @@ class SplitModalitySampler:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is none of 0 to {world_size - 1}")
         self.lengths = np.asarray(lengths)
-        self.has_image = np.asarray(has_image, dtype=bool)
+        self.has_image = np.asarray(has_image)
         if self.lengths.ndim != 1 or len(self.lengths) == 0 or self.lengths.shape != self.has_image.shape:
             raise ValueError(f"lengths {self.lengths.shape} and has_image {self.has_image.shape} "
                              "must be two arrays of the same length, at least 1")
         self.global_batch_size, self.per_device_batch_size = global_batch_size, per_device_batch_size
         self.world_size, self.rank, self.seed, self.window = world_size, rank, seed, window
         self.accumulation = global_batch_size // per_step   # micro-batches per rank and optimizer step
-        pictures = int(self.has_image.sum())
-        self.batches_per_epoch = sum(-(-n // global_batch_size)
-                                     for n in (pictures, len(self.lengths) - pictures))
+        self.modalities = [np.flatnonzero(self.has_image == kind) for kind in (2, 1, 0)]
+        self.batches_per_epoch = sum(-(-len(indices) // global_batch_size) for indices in self.modalities)
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch):
@@ -82,9 +82,7 @@ class SplitModalitySampler:
         """(batches_per_epoch, global_batch_size) example indices, longest first inside each batch."""
         rng = np.random.default_rng((self.seed, self.epoch))
         batches = []
-        for indices in (np.flatnonzero(self.has_image), np.flatnonzero(~self.has_image)):
-            if len(indices) == 0:
-                continue
+        for indices in filter(len, self.modalities):
             order = rng.permutation(indices)
             order = np.resize(order, -(-len(order) // self.global_batch_size) * self.global_batch_size)
             batches.append(self._sorted_in_windows(order).reshape(-1, self.global_batch_size))

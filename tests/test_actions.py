@@ -19,7 +19,7 @@ from config import BadExample, UserError
 from data import collate
 from prompts import IGNORE, IMAGE, Language
 from helpers import PATCHES, dataset, make_tokenizer, picture, talk, world_of_one
-from test_train import ROOT, run_train, weights
+from test_train import ROOT, run_train, weights, world                                     # noqa: F401
 
 UNIT = {"arm": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}}}
 KINDS = ("llama", "qwen", "gpt2", "phi", "smollm")
@@ -483,6 +483,61 @@ def test_a_policy_that_knows_its_state_asks_for_it(robot, base, tmp_path):
     assert printed.startswith(f"{actions[1, 0, 0]:.4f} {actions[1, 0, 1]:.4f} (")
 
 
+COTRAINED = "--chunk", "2", "--max_steps", "16", "--length_window", "64"
+
+
+@pytest.mark.parametrize("flags", [("--decode", "parallel"), ("--state",)])
+def test_a_policy_trains_on_conversations_too_the_same_on_one_rank_and_on_two(
+        flags, robot, base, world, tmp_path):               # noqa: F811
+    from generate import Assistant
+    files = ("--train_json", f"{robot / 'lamp.json'},{world / 'finetune.json'}", "--mixture", "2,1",
+             "--image_dir", f"{robot / 'images'},{world / 'images'}", *COTRAINED, *flags)
+    one, run, printed = train_robot(robot, base, tmp_path / "1", *files)
+    two, _, _ = train_robot(robot, base, tmp_path / "2", *files, "--per_device_batch_size", "2", ranks=2)
+    kinds = []
+    for got, want in zip(two, one, strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4) and got["tokens"] == want["tokens"]
+        kinds.append("robot" if "l1" in want else want["modality"])
+        assert set(want) & {"l1", "l1_by_place", "accuracies"} == (
+            {"l1", "l1_by_place", "accuracies"} if kinds[-1] == "robot" else set())
+        assert 0 <= want["accuracy"] <= 1
+    # Twice the 48 steps of the robot, 12 batches of 8; and once the conversations, which are of two kinds.
+    rows = json.loads((world / "finetune.json").read_text())
+    pictures = sum("image" in row for row in rows)
+    epoch = 12 + -(-pictures // 8) + -(-(len(rows) - pictures) // 8)
+    assert f"{96 + len(rows)} examples ({96 + pictures} with pictures)" in printed
+    assert f"{epoch} an epoch" in printed and set(kinds) == {"robot", "image", "text"}
+    assistant = Assistant(run)
+    talks = assistant.dataset(world / "finetune.json", world / "images")
+    acts = assistant.dataset(robot / "lamp.json", robot / "images")
+    assert not hasattr(talks, "chunks") and len(talks) == len(rows) and len(acts) == 48
+    assert [type(text) for text in assistant.answer([talks.question(i) for i in range(3)], 4)] == [str] * 3
+    command = [sys.executable, "evaluate.py", "--ckpt", run, "--json", world / "finetune.json", "--image_dir",
+               world / "images", "--max_examples", "4", "--num_workers", "0", "--out", tmp_path / "s.json"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert json.loads((tmp_path / "s.json").read_text())["count"] == 4
+
+
+def test_conversations_that_are_called_like_episodes_are_refused(robot, base, world, tmp_path):  # noqa: F811
+    (tmp_path / "lamp.json").write_text((world / "finetune.json").read_text())
+    printed = train_robot(robot, base, tmp_path, "--train_json",
+                          f"{robot / 'lamp.json'},{tmp_path / 'lamp.json'}", ok=False)[2]
+    assert "lamp.json: a file of episodes is called 'lamp', too. Rename one of them" in printed
+    printed = train_robot(robot, base, tmp_path, "--train_json", str(world / "finetune.json"), ok=False)[2]
+    assert "this is no episode, there are no 'steps'" in printed
+
+
+def test_a_file_is_told_by_its_first_object_however_long_it_is(tmp_path):
+    file = tmp_path / "a.json"
+    long = {"id": "x" * 200_000}
+    for text, want in ((json.dumps([long | {"steps": []}]), True), (json.dumps([long]), False),
+                       ("\ufeff \n" + json.dumps(long) + "\n" + json.dumps({"steps": []}), False),
+                       (json.dumps({"conversations": []}), False), ("[", True), ("[3]", True), ("", True)):
+        file.write_text(text, encoding="utf-8")
+        assert actions_module.holds_episodes(file) == want, text[-40:]
+    assert actions_module.holds_episodes(tmp_path / "none.json")        # its reader says that it is not there
+
+
 def test_the_check_of_a_file_understands_episodes(robot, capsys):
     cfg = check.CheckConfig(
         file=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
@@ -583,7 +638,7 @@ def test_a_policy_does_not_act_on_another_number_of_pictures(tmp_path):
 
 @pytest.mark.parametrize("wrong", [
     {"end": 10}, {"end": "x"}, {"end": 10 ** 9}, {"statistics": {}}, {"statistics": []}, {"pictures": 0},
-    {"chunk": 0}, {"chunk": True}, {"chunk": 2.0}, {"chunk": 10 ** 6},
+    {"decode": "all"}, {"chunk": 0}, {"chunk": True}, {"chunk": 2.0}, {"chunk": 10 ** 6},
     {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [float("nan")], "mask": [True]}}}},
     {"statistics": {"arm": {"action": {"q01": [-1.0, 0.0], "q99": [1.0], "mask": [True]}}}},
     {"statistics": {"arm": {"action": {"q01": [-1.0], "q99": [1.0]}}}},

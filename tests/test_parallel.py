@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from test_actions import base, robot, train_robot                                           # noqa: F401
 from test_model import IGNORE, LLMS, VISION, example, saved_llm
-from test_train import assert_same_curve, weights
+from test_train import assert_same_curve, run_train, weights, world                        # noqa: F401
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -24,7 +24,7 @@ def with_slots(llm, seed=0):
     torch.manual_seed(seed)
     width = llm.get_input_embeddings().embedding_dim
     model = VLM(VisionBackbone([VISION["siglip"]()]), make_projector("gelu-mlp", 32, width), llm).eval()
-    parallel.add_slots(model, (COUNT, width))
+    parallel.begin(model, COUNT, SimpleNamespace(trained=("projector",), seed=0))
     torch.nn.init.normal_(model.projector.slots, std=0.5)
     return model
 
@@ -123,7 +123,7 @@ def test_a_slot_learns_its_own_token(kind, tmp_path):
     loss, guessed = model(batch["input_ids"], batch["labels"], batch["pixel_values"], batch["places"])
     logits = model.llm.get_output_embeddings()(states_of(model, many)[1])                   # (3, COUNT, V)
     wanted = torch.tensor(targets)
-    want = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")           # IGNORE is skipped
+    want = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")   # it skips IGNORE
     assert_close(loss, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(guessed, logits[wanted != IGNORE].argmax(-1)) and len(guessed) == 15
     loss.backward()
@@ -141,3 +141,93 @@ def test_a_text_in_between_is_read_as_without_slots(tmp_path):
     del model.projector.slots
     want, _ = model(batch["input_ids"], batch["labels"], batch["pixel_values"], batch["places"])
     assert_close(loss, want, rtol=1e-5, atol=1e-5)
+
+
+# -- runs ----------------------------------------------------------------------------------------------------
+
+PARALLEL = "--decode", "parallel", "--chunk", "2"
+CASES = {"two ranks": (2, ("--per_device_batch_size", "2")),
+         "recomputing": (1, ("--gradient_checkpointing",)),
+         "cut among the ranks": (2, ("--shard", "all"))}
+
+
+@pytest.fixture(scope="module")
+def acting(robot, base, tmp_path_factory):                  # noqa: F811
+    return train_robot(robot, base, tmp_path_factory.mktemp("parallel"), *PARALLEL, "--max_steps", "20")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_policy_in_parallel_trains_the_same(case, robot, base, acting, tmp_path):         # noqa: F811
+    ranks, flags = CASES[case]
+    got, run, _ = train_robot(robot, base, tmp_path, *PARALLEL, "--max_steps", "20", *flags, ranks=ranks)
+    assert_same_curve(got, acting[0])
+    assert weights(run).keys() == weights(acting[1]).keys()
+
+
+def test_it_learns_and_acts_alone_as_in_a_batch(robot, acting):                             # noqa: F811
+    metrics, run, printed = acting
+    # 48 steps in chunks of 2 actions of 2 dimensions. The last of four steps has one action. No end tokens.
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    assert all(line["tokens"] % 2 == 0 and 16 <= line["tokens"] <= 32 for line in metrics)
+    assert "[4 slots]>>" in printed
+    slots = weights(run)["projector.slots"]
+    assert slots.shape == (4, 128)
+    assistant = Assistant(run)
+    data = assistant.dataset(robot / "lamp.json", robot / "images")
+    seen = [[Image.open(robot / "images" / f"{e}_0.png").convert("RGB")] for e in (0, 5, 11)]
+    told = ["show it", "show it to the left of it", "show"]                                 # of three lengths
+    actions = assistant.act(seen, told)
+    assert actions.shape == (3, 2, 2)
+    for i in range(3):
+        assert (assistant.act(seen[i:i + 1], told[i:i + 1])[0] == actions[i]).all()
+    # Acting is what training computed: its guesses for a batch, which is padded on the other side.
+    batch = collate([data[4 * e] for e in (0, 5, 11)])
+    with torch.no_grad():
+        _, guessed = assistant.model(batch["input_ids"], batch["labels"], batch["pixel_values"])
+    guessed = guessed.view(3, 4).numpy()
+    acts = (assistant.policy.ids[0] <= guessed) & (guessed < assistant.policy.end)
+    assert acts.sum() >= 9                                  # after 20 steps some guesses are still words
+    got = assistant.action_ids([data.question(4 * e) for e in (0, 5, 11)])
+    assert (got == guessed)[acts].all()
+
+
+def test_it_continues_bit_for_bit(robot, base, acting, tmp_path):                           # noqa: F811
+    flags = (*PARALLEL, "--max_steps", "20", "--save_every", "15")
+    train_robot(robot, base, tmp_path, *flags)
+    (tmp_path / "r" / "step-00000020").rename(tmp_path / "aside")
+    _, run, _ = train_robot(robot, base, tmp_path, *flags)
+    got, want = weights(run), weights(acting[1])
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_slots_train_beside_adapters(robot, base, tmp_path):                                # noqa: F811
+    flags = (*PARALLEL, "--trains", "projector,llm", "--lora_rank", "4", "--max_steps", "4")
+    _, run, _ = train_robot(robot, base, tmp_path / "1", *flags)
+    assert weights(run)["projector.slots"].shape == (4, 128)
+    _, other, _ = train_robot(robot, base, tmp_path / "2", *flags, "--learning_rate", "0")
+    assert (weights(run)["projector.slots"] != weights(other)["projector.slots"]).any(1).all()
+    assert Assistant(run).act([[Image.new("RGB", (96, 96))]], ["show it"]).shape == (1, 2, 2)
+
+
+def test_slots_go_on_stay_or_are_refused(robot, base, acting, tmp_path):                    # noqa: F811
+    slots = weights(acting[1])["projector.slots"]
+
+    def go_on(name, *flags, **how):
+        _, run, printed = train_robot(robot, acting[1], tmp_path / name, "--learning_rate", "0",
+                                      "--max_steps", "1", *flags, **how)
+        return printed if "ok" in how else weights(run).get("projector.slots")
+
+    assert torch.equal(go_on("on", *PARALLEL), slots)
+    assert go_on("tokens", "--chunk", "2") is None          # token by token needs none
+    printed = go_on("other", "--decode", "parallel", "--chunk", "3", ok=False)
+    assert "the checkpoint has 4 slots, but --decode parallel needs 6 here" in printed
+    printed = go_on("frozen", *PARALLEL, "--trains", "llm", ok=False)
+    assert "--trains llm: --decode parallel needs projector there" in printed
+
+
+def test_a_policy_that_learns_to_talk_again_keeps_its_slots(acting, world, tmp_path):       # noqa: F811
+    _, run, _ = run_train(world, tmp_path, "--ckpt", str(acting[1]), "--max_steps", "3", "--learning_rate",
+                          "1e-3")
+    assert torch.equal(weights(run)["projector.slots"], weights(acting[1])["projector.slots"])
+    state = json.loads((run / "step-00000003" / "state.json").read_text())
+    assert "actions" not in state and Assistant(run).policy is None

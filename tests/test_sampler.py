@@ -81,6 +81,30 @@ def test_any_small_dataset_works():
                 assert_lawful(stream(samplers(lengths, has_image, size=size, window=1)), has_image, size)
 
 
+@pytest.mark.parametrize("sizes", [(9, 7, 5), (1, 1, 1), (40, 3, 0), (40, 0, 3), (5, 0, 0), (130, 130, 130)])
+def test_steps_of_a_robot_are_a_third_modality(sizes):
+    """sizes: text only, with pictures, of a robot. The same batches on 1, 2 and 4 ranks."""
+    kinds = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], sizes))
+    lengths = 1 + np.random.default_rng(1).lognormal(4, 0.8, len(kinds)).astype(int)
+    for epoch in range(3):
+        batches = stream(samplers(lengths, kinds), epoch)
+        assert {len(set(kinds[batch].tolist())) for batch in batches} == {1}
+        assert len(batches) == sum(-(-n // 8) for n in sizes)
+        seen = np.bincount(np.concatenate(batches), minlength=len(kinds))
+        for kind, n in enumerate(sizes):                    # what fills a last batch is spread evenly
+            assert n == 0 or 1 <= seen[kinds == kind].min() >= seen[kinds == kind].max() - 1
+        assert stream(samplers(lengths, kinds, ranks=2), epoch) == batches
+        assert stream(samplers(lengths, kinds, ranks=4, accumulation=2), epoch) == batches
+        assert stream(samplers(lengths, kinds), epoch, start=1) == batches[1:]
+
+
+@pytest.mark.parametrize("pictures, texts, size", SIZES)
+def test_a_robot_alone_is_drawn_as_pictures_alone(pictures, texts, size):
+    lengths, has_image = dataset(pictures, texts)
+    want = stream(samplers(lengths, has_image, size=size))
+    assert stream(samplers(lengths, 2 * has_image, size=size)) == want
+
+
 def test_the_sets_that_break_prismatic_have_these_numbers_of_steps():
     steps = {(40, 0): 1, (0, 40): 1, (200, 20): 3, (130, 130): 4}
     for (pictures, texts), want in steps.items():
