@@ -208,6 +208,13 @@ def send_out(ckpt, kind, out, bf16=False):
     if run.cfg.augment:
         raise wrong("was trained with --augment: it must be shown the central 90 % of a picture, and no "
                     "folder can tell its user to cut it out")
+    actions = run.actions or {}
+    flags = [flag for flag, used in (
+        ("--chunk", actions.get("chunk", 1) > 1), ("--decode parallel", actions.get("decode") == "parallel"),
+        ("--state", any("state" in of for of in actions.get("statistics", {}).values()))) if used]
+    if flags:
+        raise wrong(f"is a policy with {', '.join(flags)}; who reads this form asks for one action, token by "
+                    "token, by pictures and an instruction alone")
     if not run.language.tokenizer.is_fast:
         raise wrong("has a tokenizer that is no tokenizer.json")
     if getattr(run.model.llm.get_output_embeddings(), "bias", None) is not None:

@@ -97,6 +97,7 @@ import train
 from data import collate
 from images import load_image_transforms
 from ledger import PARTS, Ledger, NeedsNumbers, draw
+from parallel import SLOT
 from profiling import working_type
 from prompts import IGNORE, IMAGE
 from report import DOES_NOT_FIT
@@ -233,8 +234,12 @@ class Examples:
         batch, sampler = collate([self.data[i] for i in self.first[:size]]), self.sampler(size)
         if isinstance(batch, BadExample):
             raise batch
+        model, slots = hollow(cfg, sampler), int((batch["input_ids"][0] == SLOT).sum())
+        if slots:                                           # --decode parallel
+            width = model.llm.get_input_embeddings().embedding_dim
+            model.projector.slots = torch.nn.Parameter(torch.empty(slots, width, device="meta"))
         try:
-            return forecast(hollow(cfg, sampler), cfg, sampler, batch)
+            return forecast(model, cfg, sampler, batch)
         except NeedsNumbers as e:
             raise UserError(f"{cfg.llm_backbone} decides by its numbers what to compute, as models with "
                             f"experts do; such a step can't be counted without numbers ({e})") from e

@@ -316,6 +316,10 @@ def test_pictures_of_another_size_than_the_towers_table(tmp_path):
     assert model.config.vision_config.image_size == 32      # 4 x 4 patches, the table fitted once for all
 
 
+UNITS = {"action": {"q01": [-1.0, 0.0], "q99": [1.0, 4.0], "mask": [True, True], "mean": [0.0, 2.0],
+                    "std": [1.0, 1.0], "min": [-1.0, 0.0], "max": [1.0, 4.0]},
+         "num_transitions": 9, "num_trajectories": 2}
+POLICY = {"end": 700, "bins": 256, "pictures": 1, "statistics": {"toy": UNITS}}
 REFUSED = {
     "registers": (dict(towers=("registers",)), "llava", "registers would stay"),
     "three layers": (dict(projector="fused-gelu-mlp"), "llava", "three layers"),
@@ -332,17 +336,20 @@ REFUSED = {
                     "openvla", "several pictures"),
     "a picture at its tag": (dict(towers=("registers", "siglip"), projector="fused-gelu-mlp", actions=True,
                                   picture_place="tag"), "openvla", "at its tag"),
+    "chunks": (dict(towers=("siglip",), actions={"chunk": 4}), "openvla", "is a policy with --chunk; who reads"),
+    "slots": (dict(towers=("siglip",), actions={"chunk": 4, "decode": "parallel"}), "llava",
+              "is a policy with --chunk, --decode parallel; who reads"),
+    "a state": (dict(towers=("siglip",), actions={"statistics": {"toy": UNITS | {"state": UNITS["action"]}}}),
+                "openvla", "is a policy with --state; who reads this form asks for one action"),
     "augmented": (dict(towers=("siglip",), augment=True, actions=True), "llava", "--augment")}
-POLICY = {"end": 700, "bins": 256, "pictures": 1, "statistics": {"toy": {"action": {
-    "q01": [-1.0, 0.0], "q99": [1.0, 4.0], "mask": [True, True], "mean": [0.0, 2.0], "std": [1.0, 1.0],
-    "min": [-1.0, 0.0], "max": [1.0, 4.0]}, "num_transitions": 9, "num_trajectories": 2}}}
 
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_a_form_cannot_express_is_refused_before_anything_is_written(why, tmp_path):
     settings, to, sentence = REFUSED[why]
     if settings.get("actions"):
-        settings = settings | {"actions": POLICY | {"pictures": 1 + (settings["actions"] == "two")}}
+        more = settings["actions"] if isinstance(settings["actions"], dict) else {}
+        settings = settings | {"actions": POLICY | {"pictures": 1 + (settings["actions"] == "two")} | more}
     run = make_run(tmp_path, **settings)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=sentence):
