@@ -336,7 +336,7 @@ REFUSED = {
                     "openvla", "several pictures"),
     "a picture at its tag": (dict(towers=("registers", "siglip"), projector="fused-gelu-mlp", actions=True,
                                   picture_place="tag"), "openvla", "at its tag"),
-    "chunks": (dict(towers=("siglip",), actions={"chunk": 4}), "openvla", "is a policy with --chunk; who reads"),
+    "chunks": (dict(towers=("siglip",), actions={"chunk": 4}), "openvla", "is a policy with --chunk; who"),
     "slots": (dict(towers=("siglip",), actions={"chunk": 4, "decode": "parallel"}), "llava",
               "is a policy with --chunk, --decode parallel; who reads"),
     "a state": (dict(towers=("siglip",), actions={"statistics": {"toy": UNITS | {"state": UNITS["action"]}}}),

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import owner
+import parallel
 import plan
 import ranks
 import report
@@ -454,6 +455,25 @@ def test_the_longest_micro_batch_of_the_data_is_counted(world, tmp_path, capsys)
     assert examples.count == 4
     alone = examples.forecast(cfg, 2).peak / 1e6
     assert answer(capsys, "--card", "H100", "--one_line", *flags)[0].startswith(f"memory   {alone:.1f} MB at")
+
+
+def test_the_slots_of_a_policy_are_counted(world):
+    """--decode parallel: four slots at the end of each example, in the step with numbers as in the other."""
+    cfg = settings(world)
+    own, _ = plan.parse(["--memory", "80", "--positions", "20"])
+    examples = plan.Examples(cfg, own)
+    plain = examples.forecast(cfg, 2)
+    examples = plan.Examples(cfg, own)
+    examples.data[0]["input_ids"][-5:-1] = parallel.SLOT
+    found = examples.forecast(cfg, 2)
+    model = load_vlm(settings(world, weights="full"), cfg.trained, torch.bfloat16)
+    parallel.begin(model, 4, cfg)
+    model.set_trained(cfg.trained)
+    real = plan.forecast(model, cfg, examples.sampler(2), collate([examples.data[0]] * 2), fake=False)
+    assert found.peak == real.peak and found.flop == real.flop
+    assert {k: v for k, v in found.parts.items() if v} == {k: v for k, v in real.parts.items() if v}
+    assert found.parts["weights"] - plain.parts["weights"] == 4 * 4 * WIDTH         # in fp32
+    assert found.parts["moments"] - plain.parts["moments"] == 2 * 4 * 4 * WIDTH + 4
 
 
 # -- train.py asks -------------------------------------------------------------------------------------------
