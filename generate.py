@@ -61,6 +61,7 @@ from prompts import TAG, find_places, load_language, tokenize
 
 class Assistant:
     """A trained model and all that turns a question into its ids, read from a run folder or a step folder."""
+    policy = None                           # how tokens become actions (actions.py); None = it answers in words
 
     def __init__(self, ckpt, device=None):
         self.cfg: Config = read_config(ckpt)
@@ -78,7 +79,6 @@ class Assistant:
         state = checkpoint.read_state(folder)
         if not self.language.captions:
             chat.check_same(state, self.language, ckpt, self.cfg.llm_backbone)
-        self.policy = None
         if state.get("actions"):
             import actions
             self.policy = actions.ActionTokens.load(state["actions"])
