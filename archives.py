@@ -196,7 +196,7 @@ class Archive:
                     places.shape == (len(ends), 2) and ends[-1:].sum() == len(names)):
                 return names, ends, places
         except Exception:                                   # of the many kinds that numpy raises
-            pass
+            return None                                     # then it is made again
         return None
 
 

@@ -183,8 +183,8 @@ def changed(state, language):
     if before in (None, list(language.prompt[:5])):         # None: an older version did not write it down
         return ""
     first, _, before_reply, end, _ = before
-    return (f"changed: the checkpoint was trained with {first!r} QUESTION {before_reply!r} REPLY {end!r}, and "
-            "has to learn another one now. Leave --prompt out to keep it")
+    return (f"changed: the checkpoint was trained with {first!r} QUESTION {before_reply!r} REPLY {end!r}, "
+            "and has to learn another one now. Leave --prompt out to keep it")
 
 
 def describe(language):

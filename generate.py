@@ -61,7 +61,7 @@ from prompts import TAG, find_places, load_language, tokenize
 
 class Assistant:
     """A trained model and all that turns a question into its ids, read from a run folder or a step folder."""
-    policy = None                           # how tokens become actions (actions.py); None = it answers in words
+    policy = None                               # how tokens become actions (actions.py); None = words
 
     def __init__(self, ckpt, device=None):
         self.cfg: Config = read_config(ckpt)

@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import UserError, parse, printable  # noqa: E402
-from examples.episodes import ConversionConfig, check_numbers, chosen, pick, reading, run  # noqa: E402
+from examples.episodes import ConversionConfig, chosen, pick, reading, run  # noqa: E402
 
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
            "bool")

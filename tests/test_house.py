@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 STORY = ["config", "ranks", "sampler", "prompts", "images", "data", "model", "checkpoint", "train"]
 # Behind a flag or a command of its own. The story may ask for one inside a function, where the flag is read.
 LEAVES = ["presets", "places", "lengths", "archives", "foreign", "errors", "chat", "trackers", "owner",
-          "slices", "shard", "restarts", "parallel", "actions", "lora", "sheets", "generate", "answers", "scores",
-          "evaluate", "check", "metrics", "report", "validation", "ledger", "plan", "weights", "llava",
-          "openvla", "convert", "desk", "protocols", "serve", "toy", "examples"]
+          "slices", "shard", "restarts", "parallel", "actions", "lora", "sheets", "generate", "answers",
+          "scores", "evaluate", "check", "metrics", "report", "validation", "ledger", "plan", "weights",
+          "llava", "openvla", "convert", "desk", "protocols", "serve", "toy", "examples"]
 NAMED_BY_THE_LOOP = "profiling"                             # the one leaf that the story imports
 # Which room of the story asks for which leaf, inside a function. Three of these are guards: what a foreign
 # folder may ask for, what an error says, who may write into a run. The story is read without them.

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import checkpoint
@@ -351,8 +351,8 @@ def test_another_prompt_than_that_of_the_checkpoint_is_said(stage, flags, said, 
         _, base = train_here(monkeypatch, world, tmp_path / "a", "--max_steps", "1", stage="align")
     train_here(monkeypatch, world, tmp_path / "f", "--ckpt", str(base), "--max_steps", "1", *flags)
     printed = " ".join(capsys.readouterr().out.split())
-    assert ("changed: the checkpoint was trained with 'In: ' QUESTION '\\nOut: ' REPLY '</s>', and has to learn "
-            "another one now" in printed) == said
+    assert ("changed: the checkpoint was trained with 'In: ' QUESTION '\\nOut: ' REPLY '</s>', and has to "
+            "learn another one now" in printed) == said
 
 
 def test_a_bad_example_stops_all_ranks_with_its_name(world, tmp_path):
