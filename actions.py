@@ -5,9 +5,9 @@
 
 and back. Ids are computed, never written as text and read again: some tokenizers would read something else.
 With --chunk K an answer holds K actions, that of this step and those of the steps behind it (ACT, arXiv
-2304.13705; for such tokens OpenVLA-OFT, arXiv 2502.19645), with --decode parallel all at once
-(parallel.py). With --state a question holds what the robot
-knows of itself, S numbers that become ids in the same way. Shapes: A dimensions, K actions of a chunk.
+2304.13705; for such tokens OpenVLA-OFT, arXiv 2502.19645), with --decode parallel all at once (parallel.py).
+With --state a question holds what the robot knows of itself, S numbers that become ids in the same way.
+Shapes: A dimensions, K actions of a chunk.
 
 An episode is one JSON object with many examples, one for each step:
 

@@ -118,8 +118,8 @@ class HeldOut(Dataset):
         if 0 < self.cfg.val_examples < len(chosen):         # spread: the first ones may all be of one kind
             chosen = np.arange(self.cfg.val_examples) * len(chosen) // self.cfg.val_examples
         world, rank = dist.get_world_size(), dist.get_rank()
-        for pictures in (True, False):
-            alike = chosen[self.has_image[chosen] == pictures]
+        for modality in (2, 1, 0):                          # as sampler.py names them
+            alike = chosen[self.has_image[chosen] == modality]
             alike = alike[np.argsort(-self.lengths[alike], kind="stable")]
             for start in range(0, len(alike), size * world):
                 mine = alike[start + size * rank:start + size * (rank + 1)]
