@@ -137,13 +137,16 @@ class Archive:
             names.append(posixpath.normpath(name).encode("utf-8", "surrogateescape"))
             starts.append(start), sizes.append(size)
         places = np.column_stack([np.frombuffer(numbers, np.int64) for numbers in (starts, sizes)])
-        if len(places) and (places[:, 0] + places[:, 1]).max() > self.state[0]:
+        if not self._lie_inside(places):
             raise OSError("a file in it ends behind its end: it was cut off")
         order = sorted(range(len(names)), key=names.__getitem__)    # stable: of two alike the last stays last
         ends = np.cumsum([len(names[i]) for i in order], dtype=np.int64)
         found = np.frombuffer(b"".join(names[i] for i in order), np.uint8), ends, places[order]
         self._keep(*found)
         return found
+
+    def _lie_inside(self, places):
+        return (places[:, 0] >= 0).all() and (places[:, 1] <= self.state[0] - places[:, 0]).all()
 
     def _zip(self):
         """-> name, where its head begins, size."""
@@ -193,7 +196,8 @@ class Archive:
             with np.load(self.kept, allow_pickle=False) as file:    # a zip, with a checksum of each array
                 names, ends, places = (file[name] for name in ("names", "ends", "places"))
             if (names.dtype, ends.dtype, places.dtype) == (np.uint8, np.int64, np.int64) and (
-                    places.shape == (len(ends), 2) and ends[-1:].sum() == len(names)):
+                    places.shape == (len(ends), 2) and ends[-1:].sum() == len(names)
+                    and (np.diff(ends, prepend=0) >= 0).all() and self._lie_inside(places)):
                 return names, ends, places
         except Exception:                                   # of the many kinds that numpy raises
             return None                                     # then it is made again

@@ -161,12 +161,14 @@ def other_pictures(data, indices, seed=0):
     shown, rng = {}, np.random.default_rng(seed)
     for count in {len(each) for each in names.values()} - {0}:
         group = [i for i in rng.permutation(indices).tolist() if len(names[i]) == count]
-        for place, i in enumerate(group):                   # the next one around that has other pictures
-            others = (group[(place + step) % len(group)] for step in range(1, len(group)))
-            shown[i] = next((j for j in others if names[j] != names[i]), None)
-            if shown[i] is None:
-                raise UserError(f"{data.path}: --shuffle_images needs other pictures, but all examples with "
-                                f"{count} have the same")
+        # The next one around the group that has other pictures. Backward, and twice around: of neighbors with
+        # the same pictures, both have the same next one.
+        for place in reversed(range(2 * len(group))):
+            i, following = group[place % len(group)], group[(place + 1) % len(group)]
+            shown[i] = following if names[following] != names[i] else shown.get(following)
+        if None in (shown[i] for i in group):
+            raise UserError(f"{data.path}: --shuffle_images needs other pictures, but all examples with "
+                            f"{count} have the same")
     return shown
 
 

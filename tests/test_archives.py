@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from helpers import language, picture, talk, transform
 from safetensors.torch import load_file
 
 import check
+import desk
 from archives import Archive
 from config import BadExample, UserError
 from data import Conversations, collate
@@ -229,6 +231,11 @@ def test_the_list_of_another_archive_is_never_taken(folder):
         Archive(as_tar(folder)).open("a.png")
 
 
+def as_npz(arrays):
+    np.savez(stream := io.BytesIO(), **arrays)
+    return stream.getvalue()
+
+
 def test_a_broken_list_is_made_again(folder):
     file = as_tar(folder)
     Archive(file)
@@ -236,9 +243,10 @@ def test_a_broken_list_is_made_again(folder):
     whole = kept.read_bytes()
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 1
-    other = io.BytesIO()
-    np.savez(other, names=np.zeros(3, np.uint8), ends=np.array([9]), places=np.zeros((1, 2), np.int64))
-    for broken in (b"", whole[:-9], bytes(damaged), other.getvalue()):
+    lists = [{"names": np.zeros(3, np.uint8), "ends": np.array(ends), "places": np.array(places)}
+             for ends, places in (([9], [[0, 0]]), ([2, 1, 3], [[0, 0]] * 3), ([3], [[0, 2 ** 62]]),
+                                  ([3], [[-9, 1]]), ([3], [[0, 0, 0]]))]
+    for broken in (b"", whole[:-9], bytes(damaged), *map(as_npz, lists)):
         kept.write_bytes(broken)
         assert len(Archive(file)) == 5 and kept.read_bytes() == whole
 
@@ -282,6 +290,15 @@ def test_check_takes_an_archive_in_place_of_the_folder(folder, tmp_path, capsys)
         assert check.check(check.CheckConfig(file=str(tmp_path / "d.json"), image_dir=str(where))) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and "5 examples, 0 wrong · 5 one picture" in said[1]
+
+
+def test_the_page_offers_pictures_from_an_archive(folder, tmp_path):
+    """serve.py's; the bytes are those of the file."""
+    (tmp_path / "d.json").write_text(json.dumps(
+        [{"image": "a.png", "conversations": talk("<image>\nWhat is it?", "A cat.")}]))
+    run = SimpleNamespace(cfg=SimpleNamespace(val_json=str(tmp_path / "d.json"), image_dir=as_tar(folder)),
+                          dataset=lambda path, where: Conversations(path, language(), pictures(where), 512))
+    assert list(desk.examples(run)) == [("What is it?", [(folder / "a.png").read_bytes()])]
 
 
 def test_a_run_on_an_archive_is_the_run_on_the_folder(world, tmp_path, monkeypatch):  # noqa: F811
