@@ -468,10 +468,10 @@ def open_episodes(cfg, language, about):
                           decoding=cfg.decode)
     paths, (_, pictures, max_length), files = cfg.train_json.split(","), about, []
     acts = [holds_episodes(path) for path in paths]
-    pictures.image_dir = Path(image_dirs(cfg)[0])
+    pictures.look_in(image_dirs(cfg)[0])
     for path, folder, robot in zip(paths, image_dirs(cfg), acts):
         here = copy(pictures)                               # of the same epoch, which lies in shared memory
-        here.image_dir = Path(folder)
+        here.look_in(folder)
         # Where no file has episodes, all are opened as such, and the first says what is missing in it.
         if robot or not any(acts):
             files.append(Episodes(path, language, here, max_length, policy, cfg.skip_bad_examples, cfg.seed))

@@ -24,13 +24,16 @@ class Pictures:
     """
 
     def __init__(self, image_dir, transforms, augment=None, seed=0):
-        self.image_dir, self.transforms, self.augment, self.seed = Path(image_dir), transforms, augment, seed
-        self.archive = None
+        self.transforms, self.augment, self.seed = transforms, augment, seed
+        self.look_in(image_dir)
+        # In shared memory: data workers live longer than an epoch and must learn of the next one.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def look_in(self, image_dir):
+        self.image_dir, self.archive = Path(image_dir), None
         if self.image_dir.is_file():
             import archives
             self.archive = archives.Archive(self.image_dir)
-        # In shared memory: data workers live longer than an epoch and must learn of the next one.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def patches(self):

@@ -14,15 +14,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import language, picture, talk, transform
+from helpers import language, make_tokenizer, picture, talk, transform
 from safetensors.torch import load_file
 
+import actions
 import check
+import config
 import desk
 from archives import Archive
+from chat import PROMPTS
 from config import BadExample, UserError
 from data import Conversations, collate
 from images import Pictures, read_image
+from prompts import Language
 from test_train import train_here, world  # noqa: F401
 
 NAMES = ["a.png", "deep/er/b.png", "ünï 猫.png", "x" * 150 + "/" + "y" * 120 + ".png", "A.png"]
@@ -296,9 +300,26 @@ def test_the_page_offers_pictures_from_an_archive(folder, tmp_path):
     """serve.py's; the bytes are those of the file."""
     (tmp_path / "d.json").write_text(json.dumps(
         [{"image": "a.png", "conversations": talk("<image>\nWhat is it?", "A cat.")}]))
-    run = SimpleNamespace(cfg=SimpleNamespace(val_json=str(tmp_path / "d.json"), image_dir=as_tar(folder)),
-                          dataset=lambda path, where: Conversations(path, language(), pictures(where), 512))
+    cfg = config.Config(train_json=str(tmp_path / "d.json"), image_dir=str(as_tar(folder)))
+    run = SimpleNamespace(cfg=cfg, dataset=lambda path, where: Conversations(
+        path, language(), pictures(where), 512))
     assert list(desk.examples(run)) == [("What is it?", [(folder / "a.png").read_bytes()])]
+
+
+def test_each_file_of_a_policy_may_have_an_archive_of_its_own(folder, tmp_path):
+    """--stage vla takes one --image_dir for each file."""
+    (tmp_path / "robot.json").write_text(json.dumps(
+        [{"instruction": "go", "steps": [{"image": "a.png", "action": [0.1 * i]} for i in range(9)]}]))
+    (tmp_path / "talk.json").write_text(json.dumps(
+        [{"image": "a.png", "conversations": talk("<image>\nWhat is it?", "A cat.")}]))
+    robot = as_tar(folder)
+    picture(folder / "a.png", (1, 2, 3))
+    cfg = config.Config(stage="vla", ckpt="x", image_dir=f"{robot},{as_zip(folder)}", prompt="plain",
+                        train_json=f"{tmp_path / 'robot.json'},{tmp_path / 'talk.json'}")
+    lang = Language(make_tokenizer("gpt2", filler=600), PROMPTS["plain"])
+    about = lang, Pictures(cfg.image_dir, [transform()]), 512
+    _, files = actions.open_episodes(cfg, lang, about)
+    assert [file[0]["images"][0][0][:, 0, 0].tolist() for file in files] == [[0, 7, 255], [1, 2, 3]]
 
 
 def test_a_run_on_an_archive_is_the_run_on_the_folder(world, tmp_path, monkeypatch):  # noqa: F811
