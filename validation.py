@@ -38,9 +38,12 @@ class HeldOut(Dataset):
             import actions
             transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision,
                                                actions.center)
-        about = cfg.val_json, language, Pictures(cfg.image_dir, transforms), cfg.max_length
+        folder = cfg.image_dir
         if policy:
             import actions
+            folder = actions.image_dirs(cfg)[0]             # of the first training file
+        about = cfg.val_json, language, Pictures(folder, transforms), cfg.max_length
+        if policy:
             self.data = actions.Episodes(*about, policy)
             self.data.check()
         else:
@@ -48,7 +51,7 @@ class HeldOut(Dataset):
         if policy and cfg.val_every:
             self.data.name = units_of(policy, self.data, cfg)
         if cfg.val_every or not policy:
-            self.lengths, self.has_image = self.data.lengths()
+            self.lengths, self.modality = self.data.lengths()               # has_image, see sampler.py
         if cfg.val_every:
             known = known_positions(cfg.llm_backbone) or max(self.lengths)
             if max(self.lengths) > known:
@@ -74,7 +77,8 @@ class HeldOut(Dataset):
     def score(self, model):
         """-> val_loss, val_accuracy and val_tokens, how many there were; in stage vla also the accuracy and
         the error of each dimension. The same on all ranks; all must call it together."""
-        cfg, size = self.cfg, 1 + 2 * self.policy.dimensions if self.policy else 1
+        cfg, policy = self.cfg, self.policy
+        size = policy.chunk * (1 + 2 * policy.dimensions) if policy else 1      # see ActionTokens.measure
         loader = DataLoader(self, batch_sampler=list(self.micro_batches()), collate_fn=collate,
                             num_workers=cfg.num_workers, worker_init_fn=ranks.ignore_signals,
                             pin_memory=self.device.type == "cuda",
@@ -89,7 +93,7 @@ class HeldOut(Dataset):
                 sums += self.sums_of(batch, model, size)
         loss, tokens, left_out, *scores = ranks.all_sum(sums).tolist()
         self.tell_once(int(left_out))
-        found = self.policy.metrics(scores) if self.policy else {"accuracy": scores[0] / max(tokens, 1)}
+        found = policy.metrics(scores) if policy else {"accuracy": scores[0] / max(tokens, 1)}
         return {f"val_{name}": value for name, value in
                 ({"loss": loss / max(tokens, 1), "tokens": int(tokens)} | found).items()}
 
@@ -103,8 +107,9 @@ class HeldOut(Dataset):
         learned = batch["labels"][:, 1:] != IGNORE                                          # (B, T - 1)
         counts, measured = learned.any(1), torch.zeros(size, dtype=torch.float64)
         if counts.any() and self.policy:
-            measured = self.policy.measure({"labels": batch["labels"][counts], "sources": [
-                name for name, there in zip(batch["sources"], counts) if there]}, predicted)
+            rows = {name: batch[name][counts] for name in ("labels", "attention_mask")}
+            rows["sources"] = [name for name, there in zip(batch["sources"], counts) if there]
+            measured = self.policy.measure(rows, predicted)
         elif counts.any():
             measured[0] = (predicted.cpu() == batch["labels"][:, 1:][learned]).sum()
         return torch.cat([torch.tensor([loss.item(), int(learned.sum()), batch["replaced"]]).double(),
@@ -119,7 +124,7 @@ class HeldOut(Dataset):
             chosen = np.arange(self.cfg.val_examples) * len(chosen) // self.cfg.val_examples
         world, rank = dist.get_world_size(), dist.get_rank()
         for modality in (2, 1, 0):                          # as sampler.py names them
-            alike = chosen[self.has_image[chosen] == modality]
+            alike = chosen[self.modality[chosen] == modality]
             alike = alike[np.argsort(-self.lengths[alike], kind="stable")]
             for start in range(0, len(alike), size * world):
                 mine = alike[start + size * rank:start + size * (rank + 1)]

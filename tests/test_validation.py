@@ -46,7 +46,7 @@ def cut(n_pictures, n_texts, size, world, most=0):
     held = validation.HeldOut.__new__(validation.HeldOut)
     n = n_pictures + n_texts
     held.data, held.cfg = range(n), SimpleNamespace(per_device_batch_size=size, val_examples=most)
-    held.lengths, held.has_image = np.arange(n), np.arange(n) < n_pictures
+    held.lengths, held.modality = np.arange(n), np.arange(n) < n_pictures
     batches = []
     for rank in range(world):
         with pytest.MonkeyPatch.context() as patch:
@@ -220,11 +220,12 @@ def test_the_units_of_held_out_actions_are_those_of_the_only_file_or_of_the_name
         of("a", "c")
 
 
-def test_a_policy_tells_its_accuracy_and_its_error_on_held_out_episodes(robot, base, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("flags", [(), ("--chunk", "3", "--decode", "parallel")])
+def test_a_policy_tells_its_accuracy_and_its_error_on_held_out_episodes(flags, robot, base, tmp_path):
     """All 48 steps in one batch and held out at the same time, at a learning rate of 0: both say the same."""
     metrics, _, _ = train_robot(robot, base, tmp_path, "--max_steps", "2", "--learning_rate", "0",
                                 "--val_every", "1", "--val_json", str(robot / "lamp.json"),
-                                "--global_batch_size", "48", "--per_device_batch_size", "8", ranks=2)
+                                "--global_batch_size", "48", "--per_device_batch_size", "8", *flags, ranks=2)
     for line in metrics:
         assert line["val_tokens"] == line["tokens"]
         for name in ("loss", "accuracy", "accuracies", "l1"):
