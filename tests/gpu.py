@@ -149,6 +149,8 @@ def laws(toy):
     start = ("--ckpt", str(toy.root / "bf16"), *bf16)
     how = {"plain": (), "recomputed": ("--gradient_checkpointing",), "compiled": ("--compile",),
            "sharded": ("--shard", "all"), "lora": ("--lora_rank", "8", "--lora_dropout", "0.1")}
+    how["validated"] = (*how["lora"], "--val_json", "data/toy/val.json", "--val_every", "5", "--val_examples",
+                        "60")
     found = at_once({name: lambda name=name, flags=flags: toy.train(name, *start, *flags, stage="finetune")
                      for name, flags in how.items()} | {
         f"{name} killed": lambda name=name: toy.killed(f"{name}-killed", *start, *how[name], stage="finetune")
@@ -162,6 +164,7 @@ def laws(toy):
     same("--shard all: killed and continued", found["sharded killed"], found["sharded"])
     compare("--lora_rank 8: the first step is the base's", found["lora"][:1], plain[:1], 1e-3)
     same("--lora_rank 8, dropout: killed and continued", found["lora killed"], found["lora"])
+    same("--lora_rank 8, dropout: with --val_every 5", found["validated"], found["lora"])
 
 
 def use(toy):

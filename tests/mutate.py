@@ -28,7 +28,8 @@ TESTS = {"config": "errors fuzz", "sampler": "sampler", "prompts": "prompts chat
          "chat": "chat prompts", "weights": "convert", "llava": "convert", "openvla": "convert",
          "convert": "convert", "desk": "serve", "protocols": "serve", "serve": "serve", "plan": "plan",
          "ledger": "plan", "evaluate": "evaluate", "generate": "model actions", "profiling": "profiling",
-         "restarts": "faults", "toy/world": "toy", "toy/robot": "toy_robot"}
+         "restarts": "faults", "validation": "validation", "metrics": "metrics", "trackers": "trackers",
+         "report": "report", "presets": "config", "toy/world": "toy", "toy/robot": "toy_robot"}
 SWAPS = {"+": "-", "-": "+", "*": "+", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
          "and": "or", "or": "and", "True": "False", "False": "True", "min": "max", "max": "min",
          "ceil": "floor", "any": "all", "all": "any", "//": "/", "not": ""}
