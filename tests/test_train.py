@@ -127,6 +127,9 @@ def test_a_run_writes_one_line_per_step_and_mixes_modalities(one_rank):
     assert sorted(folder.name for folder in run.glob("step-*")) == ["step-00000010", "step-00000020"]
     assert "trains   projector" in printed and ">>" in printed and "20/20" in printed
     assert f"next     python generate.py --ckpt {run}" in printed
+    paths = ("run ", "curves ", "next ")                    # they are as long as they are
+    assert max(len(line) for line in printed.splitlines() if not line.startswith(paths)) <= 100, printed
+    assert (run / "curves.png").exists()
 
 
 def assert_same_curve(got, want):
