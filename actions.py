@@ -502,7 +502,7 @@ def holds_episodes(path):
         try:
             return "steps" in decoder.raw_decode(begin)[0]
         except (ValueError, RecursionError, TypeError):     # cut off here, or really no JSON object
-            if len(text) < size:
+            if len(text) < size or not begin.startswith("{"):
                 break
             size *= 8
     return True

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 from test_actions import base, robot, train_robot                                           # noqa: F401
-from test_model import IGNORE, LLMS, VISION, example, saved_llm
+from test_model import (IGNORE, LLMS, VISION, a_step, example, saved_llm,               # noqa: F401
+                        world_of_one)
 from test_train import assert_same_curve, run_train, weights, world                        # noqa: F401
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -128,6 +129,14 @@ def test_a_slot_learns_its_own_token(kind, tmp_path):
     assert torch.equal(guessed, logits[wanted != IGNORE].argmax(-1)) and len(guessed) == 15
     loss.backward()
     assert (model.projector.slots.grad.abs().amax(1) > 0).all()
+
+
+@every_llm
+def test_a_step_with_slots_waits_for_nothing(kind, tmp_path):
+    model = with_slots(load_llm(saved_llm(LLMS[kind](), tmp_path)))
+    model.set_trained(("projector", "llm"))
+    found, = a_step(model, [collate([asked(0), asked(5)]), collate([asked(2), asked(7)])])[:1]
+    assert found == {}
 
 
 def test_a_text_in_between_is_read_as_without_slots(tmp_path):
