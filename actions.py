@@ -7,7 +7,8 @@ and back. Ids are computed, never written as text and read again: some tokenizer
 With --chunk K an answer holds K actions, that of this step and those of the steps behind it (ACT, arXiv
 2304.13705; for such tokens OpenVLA-OFT, arXiv 2502.19645), with --decode parallel all at once (parallel.py).
 With --state a question holds what the robot knows of itself, S numbers that become ids in the same way.
-Shapes: A dimensions, K actions of a chunk.
+
+Shapes: n examples, A dimensions of an action, K actions of a chunk, S numbers of a state.
 
 An episode is one JSON object with many examples, one for each step:
 
@@ -220,8 +221,7 @@ class ActionTokens:
             return torch.tensor([right.sum(), len(right)], dtype=torch.float64)
         guessed = targets.clone()
         guessed[targets != IGNORE] = predicted.cpu()
-        # A row ends with its actions and the end token, which is not learned in parallel. Label t + 1 is
-        # target t.
+        # A row ends with its actions and, token by token, the end token. Target t is label t + 1.
         behind = batch["attention_mask"].sum(1) - 1 - int(self.decoding == "tokens")        # (B,)
         at = behind[:, None] + torch.arange(-self.length, 0)
         wanted, got = (ids.gather(1, at).view(-1, self.chunk, self.dimensions).numpy()
@@ -265,7 +265,7 @@ def end_of_actions(tokenizer):
 
 def with_state(pieces, ids):
     """The pieces of a question with the ids of a state behind its last picture."""
-    behind = max(i for i, piece in enumerate(pieces) if piece.is_picture) + 1
+    behind = max((i for i, piece in enumerate(pieces, start=1) if piece.is_picture), default=0)
     return pieces[:behind] + [Piece(ids=tuple(ids))] * bool(ids) + pieces[behind:]
 
 
@@ -317,7 +317,7 @@ class Episodes(Conversations):
 
     @staticmethod
     def examples_in(episode):
-        """The form of an episode is checked here, once; its actions by `actions`."""
+        """The form of an episode is checked here, once; its numbers by `numbers`."""
         if "steps" not in episode:
             raise BadExample("this is no episode, there are no 'steps'. The file must hold episodes only, "
                              "for --stage vla")
@@ -430,10 +430,6 @@ class Episodes(Conversations):
         ends = np.repeat(ends, ends - starts)[:, None]                                      # (n, 1)
         at = np.arange(len(actions))[:, None] + np.arange(self.policy.chunk)                # (n, K)
         return actions[np.minimum(at, ends - 1)], at < ends
-
-    def actions(self):
-        """(n, A) all actions of the file, in its order."""
-        return self.numbers("action")
 
     def numbers(self, name):
         """All actions (n, A), or states (n, S), of the file, in its order. No picture is opened."""

@@ -594,7 +594,7 @@ def test_a_mixture_repeats_a_file_within_an_epoch(robot, base, tmp_path):
 
 def test_one_action_costs_one_token_per_dimension(tmp_path):
     policy, data = policy_and_data(tmp_path, episodes(dimensions=7))
-    assert policy.dimensions == 7 and data.actions().shape == (12, 7)
+    assert policy.dimensions == 7 and data.numbers("action").shape == (12, 7)
     assert (data[0]["labels"] != IGNORE).sum() == 8
 
 
