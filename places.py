@@ -82,7 +82,7 @@ def find_examples(path, count):
     if window.text.startswith("\xef\xbb\xbf", at):          # a byte order mark
         at = window.next_sign(at + 3)
     is_list = window.text.startswith("[", at)
-    at, objects = window.next_sign(at + is_list), 0
+    at = window.next_sign(at + is_list)
     while at < len(window.text) and not (is_list and window.text[at] == "]"):
         row, end, at = window.value(at)
         if not isinstance(row, dict):

@@ -112,7 +112,7 @@ def write(run, steps):
 def test_after_a_kill_no_step_is_there_twice_and_none_is_missing(name, run):
     pytest.importorskip(name)
     (run / "events.out.tfevents.1.mine").write_text("mine")     # not ours: it stays
-    for kills in range(2):
+    for _ in range(2):
         killed = start(run, name, "killed")
         assert killed.returncode == 9, killed.stderr
         write(run, range(1, 11))                            # cut back to the checkpoint of step 10
