@@ -13,8 +13,8 @@ there, its batches are those of a plain shuffled sampler, except that the longes
 The order of the global batches depends on the dataset, the seed, the epoch and the global batch size, and
 on nothing else. World size and micro-batch size only cut a global batch into micro-batches: 8 GPUs see the
 same batches as one. torch's DistributedSampler does it the other way round: it shuffles all examples, gives
-rank r every 8th one, and each rank makes batches of its share. Then what is in a batch depends on the number
-of GPUs, and nothing keeps modalities and lengths together.
+rank r every 8th one, and each rank makes batches of its share. Then nothing keeps modalities and lengths
+together, neither in a batch nor on the ranks of one step, which wait for the slowest of them.
 
 Worked example (also a test): lengths 5 3 9 4 2, pictures on the first three, global batch 2, window 1.
 The three picture examples fill two batches, so one of them is seen twice; the two texts fill one.
