@@ -17,8 +17,8 @@ def pytest_addoption(parser):
 # All others are `quick`: under a minute, for between two edits.
 SLOW = ("test_actions", "test_convert", "test_evaluate", "test_faults", "test_generate",
         "test_lerobot_episodes", "test_lora", "test_model", "test_owner", "test_parallel", "test_parquet",
-        "test_plan", "test_serve", "test_shard", "test_trackers", "test_train", "test_validation",
-        "test_vla_eval_server")
+        "test_plan", "test_serve", "test_shard", "test_tour", "test_trackers", "test_train",
+        "test_validation", "test_vla_eval_server")
 
 
 def pytest_configure(config):
