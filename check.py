@@ -107,7 +107,7 @@ def cell(data, i, example):
     row = data.row(i)
     asked, reply = (turn["value"] for turn in row["conversations"][:2])
     pictures = [Image.fromarray(views[0].permute(1, 2, 0).numpy()) for views in example["images"]]
-    return pictures, "" if data.language.captions else asked, reply or str(row["action"]), "darkgreen"
+    return pictures, "" if data.language.captions else asked, reply or str(row["actions"][0]), "darkgreen"
 
 
 def known_positions(llm_backbone):

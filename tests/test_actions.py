@@ -538,14 +538,16 @@ def test_a_file_is_told_by_its_first_object_however_long_it_is(tmp_path):
     assert actions_module.holds_episodes(tmp_path / "none.json")        # its reader says that it is not there
 
 
-def test_the_check_of_a_file_understands_episodes(robot, capsys):
+def test_the_check_of_a_file_understands_episodes(robot, tmp_path, capsys):
     cfg = check.CheckConfig(
         file=str(robot / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
+        sheet=str(tmp_path / "sheet.png"),
         vision_backbone=str(ROOT / "toy/vit"), llm_backbone=str(ROOT / "toy/llm"))
     assert check.check(cfg) == 0
     printed = capsys.readouterr().out
     assert ('"num_trajectories": 12' in printed and "48 examples, 0 wrong" in printed
             and "to show it?" in printed)
+    assert Image.open(tmp_path / "sheet.png").width == 6 * 172              # six cells in a row
 
 
 def test_a_continued_policy_is_the_one_that_was_never_stopped(robot, base, tmp_path):
