@@ -82,7 +82,9 @@ def defaults(argv):
         inherited = {name: getattr(saved, name) for name in MODEL_FIELDS}
     # A named backbone gets the published recipe. The toy's, with a learning rate of 3e-3, would spoil it.
     default = "published" if known.get("vision_backbone") or known.get("llm_backbone") else "toy"
-    preset = known.get("preset") or inherited.get("preset", default)
+    # A flag wins over the file, and so does the model of a --ckpt that was given as a flag.
+    last = file | inherited if given.get("ckpt") else inherited | file
+    preset = given.get("preset") or last.get("preset", default)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"--preset {preset}: there is none of this name. Choose from {', '.join(PRESETS)}")
     if inherited.get("preset", preset) != preset and PRESETS[preset].get(""):
@@ -92,8 +94,6 @@ def defaults(argv):
     # val_json and prepare of the preset go with the preset's own data. Other data must not get them.
     own_data = {"val_json": "", "prepare": ""} if known.get("train_json") else {}
     of_stage = PRESETS[preset].get(known.get("stage", "align"), {})
-    # A flag wins over the file, and so does the model of a --ckpt that was given as a flag.
-    last = file | inherited if given.get("ckpt") else inherited | file
     return {"preset": preset} | PRESETS[preset].get("", {}) | of_stage | own_data | last
 
 

@@ -91,6 +91,9 @@ def test_the_model_of_a_checkpoint_that_is_a_flag_wins_over_the_file(tmp_path):
     flags = saved_in(tmp_path, **asdict(parse(Config, ["--llm_backbone", "ours", "--epochs", "5", *DATA])))
     cfg = parse(Config, [*flags, "--ckpt", str(tmp_path / "run")])
     assert (cfg.llm_backbone, cfg.epochs) == ("theirs", 5)
+    # Also where the two have other presets: nobody gave the flag --preset.
+    flags = saved_in(tmp_path, **asdict(parse(Config, ["--preset", "llava-v1.5-7b", *DATA])))
+    assert parse(Config, [*flags, "--ckpt", str(tmp_path / "run")]).preset == "published"
     flags = saved_in(tmp_path, ckpt=str(tmp_path / "run"), image_resize="letterbox")
     # Both stand in the file: there its own words win over its --ckpt.
     assert parse(Config, [*flags, *DATA]).image_resize == "letterbox"
