@@ -274,10 +274,15 @@ def convert(cfg, read):
 
 
 def run(cfg, read):
-    """The life of a converter's process. As `ranks.run`, which would import torch."""
+    """The life of a converter's process."""
+    ending_well(cfg, lambda cfg: convert(cfg, read))
+
+
+def ending_well(cfg, main):
+    """`main(cfg)`, and errors of the user's become one sentence. As `ranks.run`, which would import torch."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: what was begun is removed
     try:
-        convert(cfg, read)
+        main(cfg)
     except UserError as e:
         last_words(str(e))
     except ModuleNotFoundError as e:
