@@ -243,6 +243,10 @@ def main(cfg):
     if cfg.chat and assistant.language.captions or (cfg.chat or cfg.temperature) and assistant.policy:
         raise UserError(f"{cfg.ckpt} is of stage {assistant.cfg.stage}: --chat is for runs that answer "
                         "questions, --temperature for all that use words")
+    for name, read in (("state", assistant.policy and assistant.policy.state),
+                       ("unnorm_key", assistant.policy)):
+        if getattr(cfg, name) and not read:
+            raise UserError(f"--{name}: {cfg.ckpt} is no policy that reads it. Leave the flag out")
     if assistant.language.captions:
         if len(cfg.image) != 1:
             raise UserError(f"{cfg.ckpt} is an align run: it captions exactly one --image. "

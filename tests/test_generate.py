@@ -119,3 +119,9 @@ def test_an_align_run_does_not_chat(world, tmp_path):  # noqa: F811
     _, run, _ = run_train(world, tmp_path, "--max_steps", "1", stage="align")
     with pytest.raises(UserError, match="is of stage align: --chat is for runs that answer questions"):
         generate.main(config.parse(GenerateConfig, ["--ckpt", str(run), "--chat"]))
+
+
+@pytest.mark.parametrize("flag", ["--state", "--unnorm_key"])
+def test_a_flag_of_policies_is_refused_where_nothing_reads_it(say, flag):
+    with pytest.raises(UserError, match=f"{flag}: .* is no policy that reads it. Leave the flag out"):
+        say("--prompt", "What is it?", flag, "1")
