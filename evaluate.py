@@ -123,8 +123,14 @@ def score(assistant, data, cfg, answers):
     """
     indices = indices_of(assistant, data, cfg)
     shown = other_pictures(data, indices) if cfg.shuffle_images else {}
-    unread, given = [], {i: answers.known[i] for i in indices[dist.get_rank()::dist.get_world_size()]
-                         if i in answers.known}
+    unread, given = [], {}
+    for i in indices[dist.get_rank()::dist.get_world_size()]:
+        if i in answers.known:
+            try:                                            # perhaps it was answered for another metric
+                scores.score(cfg.metric, "", data.row(i))
+                given[i] = answers.known[i]
+            except BadExample as e:
+                unread.append(data.named(i, e))
     ask = partial(question, data, cfg.metric, shown)
     for batch in batches(ask, [i for i in indices if i not in answers.known], assistant, cfg, unread):
         for (i, _), answer in zip(batch, assistant.answer([each for _, each in batch], cfg.max_new_tokens)):
@@ -193,10 +199,7 @@ def result(data, metric, shown, i, answer):
     row = data.row(i)
     asked, expected = (turn["value"] for turn in row["conversations"][-2:])
     kind = printable(str(row.get("type", row.get("category", "all"))), 60)
-    try:
-        points = scores.score(metric, answer, row)
-    except BadExample as e:                                 # answered before, for another metric
-        raise data.named(i, e) from e
+    points = scores.score(metric, answer, row)
     return {"index": i, "type": kind, "question": asked, "expected": expected, "answer": answer,
             "score": points, "right": points >= 0.5} | ({"pictures_of": shown[i]} if i in shown else {})
 
@@ -296,7 +299,7 @@ def main(cfg):
         data = assistant.dataset(cfg.json, cfg.image_dir)
     episodes = type(data) is not Conversations
     if episodes and (cfg.shuffle_images or cfg.metric != "exact"):
-        raise UserError(f"{cfg.ckpt} is a policy: --metric and --shuffle_images are for answers in words")
+        raise UserError(f"{cfg.json} holds episodes: --metric and --shuffle_images are for answers in words")
     if episodes:
         errors, unread = open_loop(assistant, data, cfg)
         results = errors["count"]

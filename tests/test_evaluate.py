@@ -42,7 +42,8 @@ def rows_of(*types):
     return [kind | {"conversations": turns} for kind in types]
 
 
-def scored(rows, answers, known=None, data=None, **flags):
+def score_of(rows, answers, known=None, data=None, **flags):
+    """-> what `score` gives for these answers: results, what could not be scored."""
     assistant = SimpleNamespace(language=SimpleNamespace(captions=False),
                                 answer=lambda examples, _: [answers.pop(0) for _ in examples])
     written = []
@@ -51,6 +52,11 @@ def scored(rows, answers, known=None, data=None, **flags):
         results, unread = score(assistant, data or Recorded(rows), cfg,
                                 SimpleNamespace(known=known or {}, write=written.append))
     assert written == [result for result in results if result["index"] not in (known or {})]
+    return results, unread
+
+
+def scored(*args, **how):
+    results, unread = score_of(*args, **how)
     if unread:
         raise unread[0]
     return results
@@ -152,9 +158,12 @@ def test_answers_that_are_there_are_not_asked_again():
     assert [result["right"] for result in results] == [True, False, True]
 
 
-def test_an_answer_that_another_metric_can_not_score_is_named():
-    with pytest.raises(BadExample, match="example 0: 'options' must be a list"):
-        scored(rows_of({"options": "none"}), [], known={0: "a star"}, metric="choice")
+def test_an_answer_that_another_metric_can_not_score_is_left_out_and_named():
+    rows = rows_of({"options": "none"}, {"options": ["a star", "a dog"]})
+    results, unread = score_of(rows, [], known={0: "a star", 1: "a star"}, metric="choice")
+    assert [(result["index"], result["score"]) for result in results] == [(1, 1.0)]
+    assert [str(each) for each in unread] == ["example 0: 'options' must be a list of at most 26 texts, "
+                                              "found 'none'"]
 
 
 def begun(out, asked, *rows):
