@@ -170,7 +170,7 @@ class VLM(nn.Module):
         """
         patches_at, learned_at = places or find_places(input_ids, labels)                      # (N P,), (S,)
         x, seen = self.embed(input_ids, pixel_values, patches_at), {}                       # (B, T, D)
-        if hasattr(self.projector, "slots"):
+        if hasattr(self.projector, "slots") and len(pixel_values):      # a text-only batch has no slots
             import parallel                                 # a policy, --decode parallel
             x, seen = parallel.fill(self.projector.slots, x, input_ids)
         states = self.llm.base_model(inputs_embeds=x, use_cache=False, **seen).last_hidden_state

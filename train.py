@@ -71,8 +71,8 @@ def main(cfg):
     if step > total:
         raise UserError(f"{run}: {step} steps are done, but the run has {total} now. Was its data changed?")
     # DDP averages gradients over the ranks while backward still runs. It waits for a gradient of every weight
-    # that trains, but a text-only batch gives the projector none (nor conversations a policy's slots). DDP
-    # then raises an error, unless find_unused_parameters tells it to look for such weights.
+    # that trains, but a text-only batch gives the projector none. DDP then raises an error, unless
+    # find_unused_parameters tells it to look for such weights.
     together = ranks.alone if device.type == "mps" else DistributedDataParallel
     ddp = ranks.hold(model if cfg.shard != "no" else together(
         model, device_ids=None if device.type == "cpu" else [device.index],
