@@ -464,10 +464,10 @@ def open_episodes(cfg, language, about):
                           decoding=cfg.decode)
     paths, (_, pictures, max_length), files = cfg.train_json.split(","), about, []
     acts = [holds_episodes(path) for path in paths]
-    pictures.look_in(image_dirs(cfg)[0])
     for path, folder, robot in zip(paths, image_dirs(cfg), acts):
         here = copy(pictures)                               # of the same epoch, which lies in shared memory
-        here.look_in(folder)
+        if folder != cfg.image_dir:
+            here.look_in(folder)
         # Where no file has episodes, all are opened as such, and the first says what is missing in it.
         if robot or not any(acts):
             files.append(Episodes(path, language, here, max_length, policy, cfg.skip_bad_examples, cfg.seed))
@@ -482,9 +482,23 @@ def open_episodes(cfg, language, about):
 
 
 def image_dirs(cfg):
-    """--image_dir for each file of --train_json: one for all, or as many as there are files."""
+    """--image_dir for each file of --train_json: one for all, or in stage vla as many as there are files.
+    Raises UserError where there are more or fewer."""
     files, folders = cfg.train_json.split(","), cfg.image_dir.split(",")
-    return folders if len(files) == len(folders) > 1 else [cfg.image_dir] * len(files)
+    if cfg.stage != "vla" or len(folders) == 1 or Path(cfg.image_dir).exists():     # a name with a comma in it
+        return [cfg.image_dir] * len(files)
+    if len(folders) != len(files):
+        raise UserError(f"--image_dir {cfg.image_dir}: give one for all files of --train_json, or one for "
+                        f"each of them: {len(files)}, joined by commas")
+    return folders
+
+
+def image_dir_of(cfg, path):
+    """Where the pictures of a held-out file lie: where those of the first training file of its kind do."""
+    folders, kind = image_dirs(cfg), holds_episodes(path)
+    of_its_kind = (folder for file, folder in zip(cfg.train_json.split(","), folders)
+                   if holds_episodes(file) == kind)
+    return next(of_its_kind, folders[0])
 
 
 def holds_episodes(path):

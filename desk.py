@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from actions import image_dirs
+from actions import holds_episodes, image_dir_of
 from config import BadExample, UserError
 from generate import Assistant
 from images import read_image
@@ -181,10 +181,13 @@ def about(assistant, folder):
 
 
 def examples(assistant):
-    """Some of the run's held-out file, or else of its first one: question, bytes of its pictures."""
+    """Some of the run's held-out file, or else of its first one: question, bytes of its pictures. A policy's
+    page asks for actions, so there conversations are no examples."""
     cfg = assistant.cfg
     try:
-        data = assistant.dataset(cfg.val_json or cfg.train_json.split(",")[0], image_dirs(cfg)[0])
+        files = [file for file in (cfg.val_json, *cfg.train_json.split(",")) if file]
+        file = next((file for file in files if not assistant.policy or holds_episodes(file)), files[0])
+        data = assistant.dataset(file, image_dir_of(cfg, file))
         spread = np.unique(np.linspace(0, len(data) - 1, 20 * EXAMPLES).astype(int)).tolist()
         shown = [i for i in spread if images_of(data.row(i))]
         for i in shown[::max(1, len(shown) // EXAMPLES)][:EXAMPLES]:

@@ -18,7 +18,7 @@ import chat
 import checkpoint
 import metrics as curves
 import trackers
-from actions import image_dirs
+from actions import image_dir_of
 from check import show
 from config import BadExample, UserError, printable, read_config
 from model import PARTS
@@ -217,9 +217,8 @@ def duration(seconds):
 def closing(cfg, run):
     """Scores the held-out examples with the command that a user would type, and names the next step."""
     if cfg.val_json:
-        folder = image_dirs(cfg)[0]
-        command = ["evaluate.py", "--ckpt", str(run), "--json", cfg.val_json, "--image_dir", folder,
-                   "--out", str(run / "val.json")]
+        command = ["evaluate.py", "--ckpt", str(run), "--json", cfg.val_json, "--image_dir",
+                   image_dir_of(cfg, cfg.val_json), "--out", str(run / "val.json")]
         print(f"\nscore    python {' '.join(command)}", flush=True)
         # Without RANK: torchrun's variables name a group of ranks that has ended. This is a world of one.
         own = {name: value for name, value in os.environ.items() if name != "RANK"}

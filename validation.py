@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+import actions
 import ranks
 from check import known_positions
 from config import BadExample, UserError
@@ -28,26 +29,25 @@ from prompts import IGNORE
 class HeldOut(Dataset):
     """The examples of --val_json, and the score that a model has on them.
 
-    language, transforms, policy: as for the training data. Raises UserError where an example can't be used:
-    at the start of a run, not after hours of it.
+    language, transforms, policy: as for the training data. A policy that trains on conversations, too, may be
+    scored on held-out ones: `self.policy` is then None. Raises UserError where an example can't be used: at
+    the start of a run, not after hours of it.
     """
 
     def __init__(self, cfg, language, transforms, policy, device):
-        self.cfg, self.policy, self.device, self.told = cfg, policy, device, False
-        if cfg.augment:                                     # whole pictures are new to it, see `distort`
-            import actions
-            transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision,
-                                               actions.center)
+        self.cfg, self.device, self.told = cfg, device, False
         folder = cfg.image_dir
         if policy:
-            import actions
-            folder = actions.image_dirs(cfg)[0]             # of the first training file
+            folder = actions.image_dir_of(cfg, cfg.val_json)
+            policy = policy if actions.holds_episodes(cfg.val_json) else None
+        self.policy = policy
+        if cfg.augment:                                     # whole pictures are new to it, see `distort`
+            transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision,
+                                               actions.center)
         about = cfg.val_json, language, Pictures(folder, transforms), cfg.max_length
+        self.data = actions.Episodes(*about, policy) if policy else Conversations(*about)
         if policy:
-            self.data = actions.Episodes(*about, policy)
             self.data.check()
-        else:
-            self.data = Conversations(*about)
         if policy and cfg.val_every:
             self.data.name = units_of(policy, self.data, cfg)
         if cfg.val_every or not policy:

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import actions as actions_module
 import check
+import config
 from chat import PROMPTS
 from actions import BINS, ActionTokens, compute_statistics, distort, end_of_actions
 from config import BadExample, UserError
@@ -536,6 +537,17 @@ def test_a_file_is_told_by_its_first_object_however_long_it_is(tmp_path):
         file.write_text(text, encoding="utf-8")
         assert actions_module.holds_episodes(file) == want, text[-40:]
     assert actions_module.holds_episodes(tmp_path / "none.json")        # its reader says that it is not there
+
+
+def test_one_image_dir_is_for_all_files_or_there_are_as_many_as_files():
+    def of(stage, folders):
+        return actions_module.image_dirs(config.Config(stage=stage, ckpt="x", train_json="a.json,b.json",
+                                                       image_dir=folders))
+    assert of("vla", "x") == ["x", "x"] and of("vla", "x,y.tar") == ["x", "y.tar"]
+    assert of("finetune", "x,y") == ["x,y", "x,y"]          # a name with a comma in it
+    with pytest.raises(UserError, match="--image_dir x,y,z: give one for all files of --train_json, or one "
+                                        "for each of them: 2, joined by commas"):
+        of("vla", "x,y,z")
 
 
 def test_the_check_of_a_file_understands_episodes(robot, tmp_path, capsys):

@@ -1,4 +1,5 @@
 """archives.py: pictures in one .zip or .tar are those of the folder, and what is wrong is one sentence."""
+import dataclasses
 import gzip
 import io
 import json
@@ -301,7 +302,7 @@ def test_the_page_offers_pictures_from_an_archive(folder, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps(
         [{"image": "a.png", "conversations": talk("<image>\nWhat is it?", "A cat.")}]))
     cfg = config.Config(train_json=str(tmp_path / "d.json"), image_dir=str(as_tar(folder)))
-    run = SimpleNamespace(cfg=cfg, dataset=lambda path, where: Conversations(
+    run = SimpleNamespace(cfg=cfg, policy=None, dataset=lambda path, where: Conversations(
         path, language(), pictures(where), 512))
     assert list(desk.examples(run)) == [("What is it?", [(folder / "a.png").read_bytes()])]
 
@@ -320,6 +321,11 @@ def test_each_file_of_a_policy_may_have_an_archive_of_its_own(folder, tmp_path):
     about = lang, Pictures(cfg.image_dir, [transform()]), 512
     _, files = actions.open_episodes(cfg, lang, about)
     assert [file[0]["images"][0][0][:, 0, 0].tolist() for file in files] == [[0, 7, 255], [1, 2, 3]]
+    # The page of a policy asks it to act: it offers steps of robots, whichever file comes first.
+    turned = {name: ",".join(reversed(getattr(cfg, name).split(","))) for name in ("train_json", "image_dir")}
+    run = SimpleNamespace(cfg=dataclasses.replace(cfg, **turned), policy=True, dataset=lambda path, where: (
+        actions.Episodes(path, lang, pictures(where), 512, files[0].policy)))
+    assert [question for question, _ in desk.examples(run)] == ["go"] * 9
 
 
 def test_a_run_on_an_archive_is_the_run_on_the_folder(world, tmp_path, monkeypatch):  # noqa: F811

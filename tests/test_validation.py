@@ -232,6 +232,18 @@ def test_a_policy_tells_its_accuracy_and_its_error_on_held_out_episodes(flags, r
             assert line[f"val_{name}"] == pytest.approx(line[name], rel=1e-4, abs=1e-6), name
 
 
+def test_a_policy_that_trains_on_conversations_may_be_scored_on_held_out_ones(robot, base, world, held_out,
+                                                                              tmp_path):
+    """With the accuracy of tokens in between, with answers at the end; its pictures are those of talk."""
+    metrics, run, printed = train_robot(
+        robot, base, tmp_path, "--train_json", f"{robot / 'lamp.json'},{world / 'finetune.json'}",
+        "--image_dir", f"{robot / 'images'},{world / 'images'}", "--decode", "parallel", "--max_steps", "3",
+        *held_out)
+    assert 0 <= metrics[2]["val_accuracy"] <= 1 and "val_l1" not in metrics[2]
+    assert f"--json {held_out[1]} --image_dir {world / 'images'} --out" in printed
+    assert json.loads((run / "val.json").read_text())["count"] == 13
+
+
 # -- what else a run does at the same time -------------------------------------------------------------------
 
 def test_a_profile_counts_validation_apart(world, held_out, tmp_path):
