@@ -121,7 +121,7 @@ class ToyRobot(StepBenchmark):
 
     def make_obs(self, raw_obs, task):
         return {"images": {"table": np.asarray(self.table.picture())},
-                "task_description": str(self.table.task)}
+                "task_description": str(self.table.task), "states": self.table.state()}
 
     def get_step_result(self, step_result):
         return {"success": self.table.success()}

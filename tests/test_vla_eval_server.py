@@ -16,16 +16,19 @@ class Expert:
     drawn, by the bytes of the picture, so it is lost if one bit differs."""
 
     def __init__(self, monkeypatch, clumsy=False):
-        self.policy, self.answers, self.clumsy = SimpleNamespace(pictures=1), {}, clumsy
+        # The clumsy one was trained with --state, too.
+        self.policy, self.answers, self.clumsy = SimpleNamespace(pictures=1, state=clumsy), {}, clumsy
         draw = robot.Table.picture
 
         def picture(table):
             image = draw(table)
             self.answers[image.tobytes(), str(table.task)] = table.expert()
+            self.answers[image.tobytes()] = list(table.state())
             return image
         monkeypatch.setattr(robot.Table, "picture", picture)
 
-    def act(self, pictures, instructions, key=""):
+    def act(self, pictures, instructions, key="", states=None):
+        assert states == ([self.answers[image.tobytes()] for image, in pictures] if self.clumsy else None)
         right = [self.answers[image.tobytes(), text] for (image,), text in zip(pictures, instructions)]
         # The clumsy one never opens its gripper on some tables: these fail.
         return np.array([a * [1, 1, len(text) % 3 > 0] if self.clumsy else a
@@ -41,7 +44,8 @@ def directly(policy, tables):
 def test_the_harness_sees_the_tables_that_the_robot_sees(monkeypatch, clumsy):
     expert = Expert(monkeypatch, clumsy)
     done = run_toy(PolicyServer(expert, ServerConfig("x")), 6)
-    assert done == directly(lambda pictures, texts, *_: expert.act([[p] for p in pictures], texts), 6)
+    assert done == directly(lambda pictures, texts, states: expert.act(
+        [[p] for p in pictures], texts, states=list(map(list, states)) if clumsy else None), 6)
     assert {True: {True, False}, False: {True}}[clumsy] == {success for of in done.values() for success in of}
 
 
