@@ -30,7 +30,7 @@ PRESETS = {
                      "learning_rate": 5e-4, "weight_decay": 0.01},
         "full-finetune": {"train_json": "data/toy/finetune.json", "val_json": "data/toy/val.json",
                           "epochs": 1, "learning_rate": 3e-4, "weight_decay": 0.01},
-        # Vision stays frozen: it has seen the gripper, and training it blurs where things are (README).
+        # Vision stays frozen: it has seen the gripper, and training it blurs where things are (docs/vla.md).
         "vla": {"train_json": "data/toy_robot/train.json",
                 "image_dir": "data/toy_robot/images", "prepare": "toy/robot.py",
                 "trains": "projector,llm", "epochs": 4, "learning_rate": 5e-4, "weight_decay": 0.01,

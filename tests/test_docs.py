@@ -4,6 +4,7 @@ import subprocess
 
 import pages
 import pytest
+from test_house import ROOMS
 
 PAGES = sorted(str(path.relative_to(pages.ROOT)) for path in (*pages.ROOT.glob("*.md"),
                                                              *pages.ROOT.glob("docs/*.md")))
@@ -26,7 +27,15 @@ def differences(english, chinese):
 
 
 def test_the_tour_the_exercises_and_the_readme_are_there_in_chinese():
-    assert {english for english, _ in PAIRS} >= {"docs/tour.md", "docs/exercises.md"}
+    assert {english for english, _ in PAIRS} >= {"README.md", "docs/tour.md", "docs/exercises.md"}
+
+
+def test_the_readme_fits_on_three_screens_and_names_every_room():
+    """A room that is not named there is not found."""
+    page = pages.read("README.md")
+    assert len(page.splitlines()) <= 140
+    missing = [room for room in ROOMS if f"`{room}.py`" not in page and f"`{room}/`" not in page]
+    assert not missing
 
 
 @every_pair

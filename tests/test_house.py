@@ -1,6 +1,6 @@
 """The house: imports point one way, and no room outgrows its concept.
 
-It reads the source; nothing is imported. The rooms and their order are those of the README.
+It reads the source; nothing is imported. The README names the rooms, and says in which order to read them.
 """
 import ast
 import sys

@@ -212,7 +212,7 @@ def test_like_lengths_sit_together():
 
 @pytest.mark.parametrize("patches", [256, 576])
 def test_little_is_padded_and_ranks_hardly_wait_on_a_mix_like_llavas(patches):
-    """665,000 examples, 8 ranks x 16: what the README says, and that random order is far from it."""
+    """665,000 examples, 8 ranks x 16: what docs/batches.md says, and that random order is far from it."""
     text, has_image = bench_sampler.draw(665_000, patches, tail=0.8)
     lengths = text + patches * has_image
     assert text[has_image].mean() == pytest.approx(140, abs=1)
