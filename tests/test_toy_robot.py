@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import generate
 from config import UserError
@@ -223,6 +224,26 @@ def test_film_strips_show_successes_and_failures(tmp_path):
     assert (tmp_path / "film.png").stat().st_size > 1000
 
 
+def test_the_animation_plays_each_table_until_its_end(tmp_path):
+    rng = np.random.default_rng(0)                          # it moves always: Pillow joins equal frames
+    results = rollout(lambda pictures, *_: rng.uniform(0, [96, 96, 0], (len(pictures), 3)), 3)
+    results[0].update(success=True, pictures=results[0]["pictures"][:4])
+    robot.animation(results, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert (film.n_frames, film.size) == (MOST_STEPS + 1, (4 * 136, 2 * 140))
+        assert film.info["loop"] == 0                       # for ever
+        for t, frames in ((2, {}), (3, {0: "green"}), (MOST_STEPS, {0: "green", 1: "red", 2: "red"})):
+            film.seek(t)
+            for i, result in enumerate(results):
+                red, green, blue = film.convert("RGB").getpixel((136 * i + 18, 80))     # beside the picture
+                color = "green" if green > red + 50 else "red" if red > green + 50 else None
+                assert color == frames.get(i), (t, i)
+                table = film.convert("RGB").crop((136 * i + 20, 34, 136 * i + 116, 130))
+                shown = result["pictures"][min(t, len(result["pictures"]) - 1)]
+                off = np.abs(np.asarray(table).astype(int) - np.asarray(shown))
+                assert off.mean() < 4                       # what a palette of 128 colors changes
+
+
 class Stub:
     """An assistant whose policy only notes what it is asked. It always does the same."""
 
@@ -256,10 +277,11 @@ def test_the_scores_of_a_policy_are_written_and_it_sees_black_only_if_asked(
             "--unnorm_key", "mine", *["--blank_images"] * blank)
     assert json.loads((tmp_path / "rollouts.json").read_text()) == {
         "unseen layouts": {"success": 0.25, "count": 4}, "unseen pairs": {"success": 1.0, "count": 4}}
-    assert (tmp_path / "rollouts.png").stat().st_size > 1000
+    assert all((tmp_path / f"rollouts.{end}").stat().st_size > 1000 for end in ("png", "gif"))
     assert capsys.readouterr().out.splitlines() == [
         "unseen layouts     25.0%   of 4", "unseen pairs      100.0%   of 4",
-        f"scores   {tmp_path / 'rollouts.json'}", f"pictures {tmp_path / 'rollouts.png'}"]
+        f"scores   {tmp_path / 'rollouts.json'}",
+        f"pictures {tmp_path / 'rollouts.png'}, {tmp_path / 'rollouts.gif'}"]
     assert [len(call.pictures) for call in stub.asked] == [3, 1] * MOST_STEPS * 2
     assert {call.key for call in stub.asked} == {"mine"}
     for call in stub.asked:
@@ -274,7 +296,7 @@ def test_told_the_wrong_task_a_policy_gets_every_instruction_the_other_way_round
         let_act(monkeypatch, stub, "--ckpt", "run", "--rollouts", 2, flag,
                 "--out", tmp_path / "new" / "s.json")
         told[flag] = [call.instructions for call in stub.asked]
-        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["s.json", "s.png"]
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["s.gif", "s.json", "s.png"]
     for right, wrong in zip(*told.values(), strict=True):
         for one, other in zip(right, wrong, strict=True):
             thing, target = one.removeprefix("put the ").split(" on the ")

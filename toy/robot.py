@@ -57,7 +57,7 @@ class RobotConfig:
         False, "with --ckpt: replace every picture by a black one: does the policy look at all?")
     hide_state: bool = knob(False, "with --ckpt, of a policy with --state: don't tell it the robot's state")
     out: str = knob("", "with --ckpt: where the scores go; empty = rollouts.json in the run folder. "
-                        "A picture of the same name is drawn beside it")
+                        "A picture and a GIF of the same name are drawn beside it")
 
     def __post_init__(self):
         if not self.ckpt:
@@ -291,11 +291,16 @@ def rollout(policy, count, unseen=False, swap=False, seed=1000):
             for table, film in zip(tables, films)]
 
 
-def film_strips(results, path, rows=8, columns=10):
-    """Some successes and some failures, one per row, frames evenly spread over each."""
+def some_of(results, count):
+    """Successes and failures; no more than half are failures."""
     good = [r for r in results if r["success"]]
     bad = [r for r in results if not r["success"]]
-    shown = (good[:max(rows - len(bad), rows // 2)] + bad)[:rows]
+    return (good[:max(count - len(bad), count // 2)] + bad)[:count]
+
+
+def film_strips(results, path, rows=8, columns=10):
+    """Some successes and some failures, one per row, frames evenly spread over each."""
+    shown = some_of(results, rows)
     font, height = ImageFont.load_default(12), world.PIXELS + 22
     sheet = Image.new("RGB", (columns * (world.PIXELS + 4), len(shown) * height), "white")
     canvas = ImageDraw.Draw(sheet)
@@ -308,6 +313,32 @@ def film_strips(results, path, rows=8, columns=10):
         for column, i in enumerate(np.linspace(0, steps, min(columns, steps + 1)).astype(int)):
             sheet.paste(result["pictures"][i], (column * (world.PIXELS + 4), row * height + 19))
     sheet.save(path)
+
+
+def animation(results, path, rows=2, columns=4, seconds=0.4):
+    """The same as a GIF: some tables side by side. Each stops where it ended, in a green or a red frame."""
+    shown, font, width, text = some_of(results, rows * columns), ImageFont.load_default(11), 136, 44
+    frames = []
+    for t in range(max(len(result["pictures"]) for result in shown)):
+        sheet = Image.new("RGB", (columns * width, rows * (world.PIXELS + text)), "white")
+        canvas = ImageDraw.Draw(sheet)
+        for i, result in enumerate(shown):
+            x, y = i % columns * width, i // columns * (world.PIXELS + text)
+            words = result["instruction"].replace(" on the ", "\non the ")
+            canvas.text((x + 4, y + 2), words, fill="black", font=font)
+            place, last = (x + (width - world.PIXELS) // 2, y + text - 10), len(result["pictures"]) - 1
+            if t >= last:
+                color = "darkgreen" if result["success"] else "firebrick"
+                canvas.rectangle((place[0] - 4, place[1] - 4, place[0] + world.PIXELS + 3,
+                                  place[1] + world.PIXELS + 3), fill=color)
+            sheet.paste(result["pictures"][min(t, last)], place)
+        frames.append(sheet)
+    # One palette for all frames, and no dithering: then what did not move stays the same and takes no room.
+    seen = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[::3]]))
+    palette = seen.quantize(128)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[round(1000 * seconds)] * (len(frames) - 1) + [2500])
 
 
 def success_rates(assistant, cfg):
@@ -334,7 +365,7 @@ def success_rates(assistant, cfg):
 
 
 def let_act(cfg):
-    """Scores the policy of --ckpt in unseen scenes, and writes the scores and the film strips."""
+    """Scores the policy of --ckpt in unseen scenes, and writes the scores, the film strips and a GIF."""
     from errors import check_writable   # only here: they import torch, which writing episodes does not need
     from generate import Assistant
     assistant = Assistant(cfg.ckpt)
@@ -355,7 +386,8 @@ def let_act(cfg):
     out.write_text(json.dumps(scores, indent=1))
     print(f"scores   {out}")
     film_strips(shown, out.with_suffix(".png"))
-    print(f"pictures {out.with_suffix('.png')}")
+    animation(shown, out.with_suffix(".gif"))
+    print(f"pictures {out.with_suffix('.png')}, {out.with_suffix('.gif')}")
 
 
 def main(cfg):
