@@ -48,16 +48,17 @@ def test_the_outline_stays_where_the_agent_stood():
     room.start(seed)
     room.env.agent_dir = 0                                  # it looks to the right
     room.home = tuple(room.env.agent_pos), 0
-    x, y = room.env.agent_pos[0] * babyai.CELL, room.env.agent_pos[1] * babyai.CELL
+    x, y = ((place - 1) * 16 for place in room.env.agent_pos)       # of its cell; the walls are not shown
+    assert room.picture().size == (96, 96)
 
     def white(image):
         return {(int(c), int(r)) for r, c in np.argwhere((np.asarray(image) == 255).all(-1))}
     before = white(room.picture())
-    assert {(x + 2, y + 2), (x + 10, y + 6), (x + 2, y + 10)} <= before     # 6 +- 4: the three corners
+    assert {(x + 2, y + 2), (x + 14, y + 8), (x + 2, y + 14)} <= before     # 8 +- 6: the three corners
     room.step(1)
     assert white(room.picture()) == before
     room.home = room.home[0], 1                             # had it looked down, the tip would be below
-    assert {(x + 10, y + 2), (x + 6, y + 10), (x + 2, y + 2)} <= white(room.picture())
+    assert {(x + 14, y + 2), (x + 8, y + 14), (x + 2, y + 2)} <= white(room.picture())
 
 
 def test_a_thing_of_another_kind_ends_the_rollout_without_success():
