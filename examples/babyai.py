@@ -32,8 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import UserError, check_limits, knob, parse  # noqa: E402
 from examples import episodes, rollouts  # noqa: E402
 
-# Pixels. Without its walls the room has 6 x 6 cells, so a picture has 96 x 96: one patch of the toy's vision for
-# each cell. With cells of 12 pixels, which lie across patches, 400 steps of training learned nothing.
+# Pixels, and cells. Without its walls a room has 96 x 96 pixels: one patch of the toy's vision for each cell.
 CELL, INSIDE = 16, 6
 ACTIONS = 4
 ROLLOUTS_FROM = 1_000_000                                   # seeds below belong to demonstrations
@@ -111,7 +110,7 @@ class Room:
         return f"pick up the {thing.color} {thing.type}" if thing else ""
 
     def picture(self):
-        """The room from above, without its walls (PIL, RGB), and in white where the agent was at the start."""
+        """The room from above without its walls (PIL, RGB), and in white where the agent was at the start."""
         frame = self.env.get_frame(highlight=False, tile_size=CELL)
         image = Image.fromarray(np.ascontiguousarray(frame[CELL:-CELL, CELL:-CELL]))
         (x, y), direction = self.home
@@ -155,14 +154,12 @@ def record(cfg):
 
 def rollout(room, steps, act):
     """act() -> (E,) numbers. -> whether the mission is done, how many steps it took."""
-    plan = []
-    for t in range(steps):
-        if not plan:
-            plan = list(np.ravel(act()))
+    plan, taken, over = [], 0, False
+    while taken < steps and not over:
+        plan = plan or list(np.ravel(act()))
         done, over = room.step(plan.pop(0))
-        if over:
-            break
-    return done, t + 1
+        taken += 1
+    return done, taken
 
 
 def actor(who, room, policy, told, seed):

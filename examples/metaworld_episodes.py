@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -54,19 +55,19 @@ class RecordConfig:
 
 
 def demonstrate(world, seed, cfg, save):
-    """One episode of the expert -> (T, 4) actions, (T, 4) states, whether the task was done.
-    save(t, picture) is called before each action. Written down is the expert's answer to what the picture
-    shows; with --noise something else is done."""
+    """One episode of the expert -> T names of pictures, (T, 4) actions, (T, 4) states, whether the task was
+    done. save(t, picture) -> name. Written down is the expert's answer to what the picture shows; with
+    --noise something else is done."""
     from examples.metaworld_world import state_of
-    known, rng, actions, states = world.start(seed), np.random.default_rng(seed), [], []
+    known, rng, names, actions, states = world.start(seed), np.random.default_rng(seed), [], [], []
     for t in range(cfg.steps):
-        save(t, world.picture())
+        names.append(save(t, world.picture()))
         actions.append(world.expert(known))
         states.append(state_of(known))
         known, done = world.step(actions[-1] + rng.normal(0, 1, 4) * cfg.noise * [1, 1, 1, 0])
         if done:
-            return np.array(actions), np.array(states), True
-    return np.array(actions), np.array(states), False
+            break
+    return names, np.array(actions), np.array(states), done
 
 
 def record(task, cfg):
@@ -83,9 +84,8 @@ def record(task, cfg):
                 if seed - cfg.seed > 2 * cfg.episodes + 10:
                     raise UserError(f"{task}: the expert did it {recorded} times of {seed - cfg.seed} only. "
                                     "Give more --steps, or less --noise")
-                names = []
-                actions, states, done = demonstrate(world, seed, cfg, lambda t, picture: names.append(
-                    writer.pixels(recorded, "corner", t, picture)))
+                names, actions, states, done = demonstrate(
+                    world, seed, cfg, partial(writer.pixels, recorded, "corner"))
                 if done:
                     writer.episode(f"{task}/{seed}", metaworld_world.INSTRUCTIONS[task],
                                    [[name] for name in names], actions, states, f"{task}, seed {seed}")

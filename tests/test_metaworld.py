@@ -180,7 +180,7 @@ def test_a_folder_recorded_otherwise_is_refused(recorded, tmp_path):
 def test_where_the_expert_fails_the_next_start_is_taken(tmp_path, monkeypatch):
     demonstrate = metaworld_episodes.demonstrate
     monkeypatch.setattr(metaworld_episodes, "demonstrate", lambda world, seed, cfg, save: (
-        *demonstrate(world, seed, cfg, save)[:2], seed > 1 and cfg.steps > 1))
+        *demonstrate(world, seed, cfg, save)[:3], seed > 1 and cfg.steps > 1))
     metaworld_episodes.main(RecordConfig(str(tmp_path / "data"), "reach-v3", episodes=1, drawing="fast",
                                          size=48))
     episode, = episodes_of(tmp_path / "data")
