@@ -485,7 +485,8 @@ def image_dirs(cfg):
     """--image_dir for each file of --train_json: one for all, or in stage vla as many as there are files.
     Raises UserError where there are more or fewer."""
     files, folders = cfg.train_json.split(","), cfg.image_dir.split(",")
-    if cfg.stage != "vla" or len(folders) == 1 or Path(cfg.image_dir).exists():     # a name with a comma in it
+    with_a_comma = Path(cfg.image_dir).exists()             # in its name
+    if cfg.stage != "vla" or len(folders) == 1 or with_a_comma:
         return [cfg.image_dir] * len(files)
     if len(folders) != len(files):
         raise UserError(f"--image_dir {cfg.image_dir}: give one for all files of --train_json, or one for "
