@@ -173,7 +173,7 @@ def about(assistant, folder):
         pictures["/curves.png"] = curves.read_bytes()
     weights = sum(parameter.numel() for parameter in assistant.model.parameters())
     return {"model": run.name, "captions": assistant.language.captions, "examples": offered,
-            "curves": "/curves.png" in pictures,
+            "curves": "/curves.png" in pictures, "state": bool(policy and policy.state),
             "units": {key: of["action"] for key, of in policy.statistics.items()} if policy else None,
             "facts": {"stage": cfg.stage, "step": int(folder.name[5:]), "vision": cfg.vision_backbone,
                       "projector": cfg.projector, "language model": cfg.llm_backbone,

@@ -121,11 +121,13 @@ def read_act(asked, policy):
     pictures = [numpy_picture(each) if isinstance(each, dict) else file_bytes(each) for each in shown(asked)]
     policy.check_pictures({len(pictures)})
     job = {"question": policy.question(text), "pictures": pictures, "key": policy.key(key)}
-    return job | {"state": read_state(asked.get("state"), policy)} if policy.state else job
+    return job | {"state": read_state(asked.get("state", []), policy)} if policy.state else job
 
 
 def read_state(sent, policy):
-    """Numbers, or what json_numpy makes of them -> a list of numbers."""
+    """Numbers, or what json_numpy makes of them -> a list of numbers. None: the client does not know it."""
+    if sent is None:
+        return None
     try:
         if isinstance(sent, dict):
             if np.dtype(sent["dtype"]).kind not in "fiu":
@@ -135,7 +137,7 @@ def read_state(sent, policy):
         return policy.checked_state(sent)
     except (KeyError, TypeError, ValueError) as e:          # a BadExample is a ValueError
         raise Refused("this policy was trained with --state: 'state' must be "
-                      f"{policy.state_size} finite numbers, or an array of them") from e
+                      f"{policy.state_size} finite numbers, or an array of them; null = not known") from e
 
 
 def shown(asked):

@@ -442,7 +442,7 @@ def test_of_a_chunk_oft_gets_all_and_everybody_else_the_first():
 
 
 @pytest.mark.parametrize("sent, read", [
-    ([1, 2.5], [1, 2.5]), ("F4", [1, 2.5]), ("F8", [1, 2.5]), ([1], None), (None, None), ([1, None], None),
+    ([1, 2.5], [1, 2.5]), ("F4", [1, 2.5]), ("F8", [1, 2.5]), ([1], None), ([1, None], None), ((), None),
     ("x", None), ([1, float("inf")], None), ({"shape": [2]}, None),
     ({"__numpy__": "//", "dtype": "|O"}, None)])
 def test_the_state_of_a_robot_is_read_in_the_forms_of_its_clients(sent, read):
@@ -458,6 +458,9 @@ def test_the_state_of_a_robot_is_read_in_the_forms_of_its_clients(sent, read):
     else:
         assert protocols.read_act(asked, policy)["state"] == read
         assert "state" not in protocols.read_act(asked, ActionTokens(1000, {"arm": {"action": unit}}, 1))
+    assert protocols.read_act(asked | {"state": None}, policy)["state"] is None         # it is not known
+    with pytest.raises(protocols.Refused, match="'state' must be 2 finite numbers"):
+        protocols.read_act({name: asked[name] for name in ("instruction", "image")}, policy)
 
 
 def test_json_numpy_and_requests_talk_to_it_as_openvla_and_oft_do(policy, arm, folder):
