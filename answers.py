@@ -5,6 +5,7 @@ about the answers: weights, examples, flags. Then each answer is a line. A later
 from files that begin with the same line, whatever the number of ranks or the batch size; other files stay.
 """
 import fcntl
+import glob
 import hashlib
 import json
 from pathlib import Path
@@ -44,7 +45,7 @@ class Answers:
     def _read(self):
         """-> files of earlier starts, what they know."""
         files, known = [], {}
-        for path in sorted(self.out.parent.glob(f"{glob_escape(self.out.stem)}.unfinished*.jsonl*")):
+        for path in sorted(self.out.parent.glob(f"{glob.escape(self.out.stem)}.unfinished*.jsonl*")):
             if path.is_symlink() or not path.is_file():
                 continue
             with open(path, "r+") as file:
@@ -87,7 +88,3 @@ def lines_of(file):
             break
         rows.append(row)
     return rows
-
-
-def glob_escape(name):
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -71,7 +71,7 @@ class Archive:
         except Exception as e:                              # of the many kinds that the two modules raise
             raise UserError(f"--image_dir {path} is no folder, and can't be read as an uncompressed .zip or "
                             f".tar ({type(e).__name__}: {printable(str(e), 300)}). If it was copied or "
-                            "loaded down, do that again") from e
+                            "downloaded, do that again") from e
 
     def __len__(self):
         return len(self.ends)

@@ -64,7 +64,7 @@ def rows_of(path):
                     bar.update(len(batch))
     except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{path} can't be read as a parquet file ({type(e).__name__}: "
-                        f"{printable(str(e), 300)}). Load it down again") from e
+                        f"{printable(str(e), 300)}). Download it again") from e
 
 
 def example_of(row):
