@@ -502,6 +502,11 @@ def image_dir_of(cfg, path):
     return next(of_its_kind, folders[0])
 
 
+def first_file(files, acts):
+    """The first of some files; for a model that acts, the first one of episodes, if there is one."""
+    return next((file for file in files if not acts or holds_episodes(file)), files[0])
+
+
 def holds_episodes(path):
     """Whether the first object of a file is an episode, not a conversation. If it can't be read: True, and
     then the reader of episodes says why."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from actions import holds_episodes, image_dir_of
+from actions import first_file, image_dir_of
 from config import BadExample, UserError
 from generate import Assistant
 from images import read_image
@@ -186,7 +186,7 @@ def examples(assistant):
     cfg = assistant.cfg
     try:
         files = [file for file in (cfg.val_json, *cfg.train_json.split(",")) if file]
-        file = next((file for file in files if not assistant.policy or holds_episodes(file)), files[0])
+        file = first_file(files, assistant.policy)
         data = assistant.dataset(file, image_dir_of(cfg, file))
         spread = np.unique(np.linspace(0, len(data) - 1, 20 * EXAMPLES).astype(int)).tolist()
         shown = [i for i in spread if images_of(data.row(i))]

@@ -15,7 +15,7 @@ from transformers import (AddedToken, AutoConfig, AutoImageProcessor, AutoModelF
 from transformers.image_processing_utils import BaseImageProcessor
 
 import chat
-from actions import ActionTokens, Episodes, image_dirs
+from actions import ActionTokens, Episodes, first_file, image_dir_of
 from config import BadExample, UserError
 from data import Conversations
 from foreign import loading_options
@@ -452,8 +452,8 @@ def own_examples(run, most=6):
     pictures (PIL). Where its data is not at hand, made-up ones."""
     found = {}
     try:
-        about = (run.cfg.train_json.split(",")[0], run.language,
-                 Pictures(image_dirs(run.cfg)[0], run.transforms))
+        file = first_file(run.cfg.train_json.split(","), run.actions)
+        about = file, run.language, Pictures(image_dir_of(run.cfg, file), run.transforms)
         known = getattr(run.model.llm.config, "max_position_embeddings", None) or run.cfg.max_length
         about = *about, min(run.cfg.max_length, known)
         data = Episodes(*about, ActionTokens.load(run.actions)) if run.actions else Conversations(*about)

@@ -22,6 +22,7 @@ import actions
 import check
 import config
 import desk
+import llava
 from archives import Archive
 from chat import PROMPTS
 from config import BadExample, UserError
@@ -326,6 +327,12 @@ def test_each_file_of_a_policy_may_have_an_archive_of_its_own(folder, tmp_path):
     run = SimpleNamespace(cfg=dataclasses.replace(cfg, **turned), policy=True, dataset=lambda path, where: (
         actions.Episodes(path, lang, pictures(where), 512, files[0].policy)))
     assert [question for question, _ in desk.examples(run)] == ["go"] * 9
+    # So does the check of what is converted.
+    model = SimpleNamespace(llm=SimpleNamespace(config=SimpleNamespace()))
+    run = SimpleNamespace(cfg=run.cfg, language=lang, transforms=[transform()], model=model,
+                          actions=files[0].policy.saved())
+    examples, are_own = llava.own_examples(run)
+    assert are_own and "to go?" in examples[0][0][0]["value"]
 
 
 def test_a_run_on_an_archive_is_the_run_on_the_folder(world, tmp_path, monkeypatch):  # noqa: F811
