@@ -308,7 +308,7 @@ class Episodes(Conversations):
     seed:   of a run that trains on the file. With --state, a fifth of the examples then don't know theirs, in
             each epoch others: what the state tells is easy to copy, and a policy could forget to look. None:
             all know it.
-    key:    whose units the numbers are in; empty = the file's own, or the only ones that the policy knows.
+    key:    whose units the numbers are in; empty = see `units`, or the only ones that the policy knows.
     """
 
     def __init__(self, path, language, pictures, max_length, policy, skip_bad=False, seed=None):
@@ -353,8 +353,9 @@ class Episodes(Conversations):
         return self.policy.encode(actions, self.units()).ravel().tolist()
 
     def units(self):
-        known = self.name if self.name in self.policy.statistics else ""
-        return self.policy.key(self.key or known)
+        """The dataset whose units its numbers are in: `key`, or that of its own name, or of its folder's."""
+        named = (name for name in (self.name, self.path.parent.name) if name in self.policy.statistics)
+        return self.policy.key(self.key or next(named, ""))
 
     def knows_state(self, i):
         """By seed, epoch and example alone, as the crops of --augment (1: but not by the same numbers)."""
@@ -495,11 +496,13 @@ def image_dirs(cfg):
 
 
 def image_dir_of(cfg, path):
-    """Where the pictures of a held-out file lie: where those of the first training file of its kind do."""
-    folders, kind = image_dirs(cfg), holds_episodes(path)
-    of_its_kind = (folder for file, folder in zip(cfg.train_json.split(","), folders)
-                   if holds_episodes(file) == kind)
-    return next(of_its_kind, folders[0])
+    """Where the pictures of a file lie. A held-out one has them where a training file of its kind has, if
+    possible one in the same folder."""
+    def like_it(pair):
+        file = pair[0]
+        return file == str(path), holds_episodes(file) == holds_episodes(path), (
+            Path(file).parent == Path(path).parent)
+    return max(zip(cfg.train_json.split(","), image_dirs(cfg)), key=like_it)[1]
 
 
 def first_file(files, acts):

@@ -35,7 +35,8 @@ class EvaluateConfig:
     max_new_tokens: int = knob(64, "longest answer", "tokens")
     max_examples: int = knob(0, "score only the first so many; 0 = all")
     unnorm_key: str = knob(
-        "", "vla: the dataset whose units the actions are in; needed if the policy knows several")
+        "", "vla: the dataset whose units the actions are in; needed if the policy knows several and none is "
+        "called as the file or its folder")
     blank_images: bool = knob(False, "replace every picture by a black one: does the model look at all?")
     shuffle_images: bool = knob(
         False, "ask each question about the pictures of another: does the answer depend on this picture?")
@@ -255,9 +256,9 @@ def open_loop(assistant, data, cfg):
     look: always the mean action of the training data; always what was done one step before. Of chunks, the
     mean over all their places, and for each place."""
     wanted, there = (of[:cfg.max_examples or None] for of in data.chunks())     # (n, K, A), (n, K)
-    key = assistant.policy.key(cfg.unnorm_key)
+    data.key = cfg.unnorm_key
+    key = data.units()
     data.check()
-    data.key = key
     acted, unread = [], []
     for batch in batches(data.question, list(range(len(wanted))), assistant, cfg, unread):
         actions = assistant.act_on([example for _, example in batch], key)

@@ -416,6 +416,32 @@ def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, b
     first = 23.5 / 48 + (23.5 - 4) / 48                     # there is no action before: the mean one counts
     assert scores["l1"]["action before"] == pytest.approx([(first + 4 / 48) / 6] * 2)
     assert "mean action" in capsys.readouterr().out
+    # A policy of two robots: the file's name, or its folder's, says whose units are meant.
+    assistant.policy.statistics["other"] = assistant.policy.statistics["lamp"]
+    (tmp_path / "other").mkdir()
+    for name, key in (("lamp.json", "lamp"), ("other/val.json", "other"), ("val.json", None)):
+        shutil.copy(robot / "lamp.json", tmp_path / name)
+        data = assistant.dataset(tmp_path / name, robot / "images")
+        if key:
+            assert data.units() == key
+            continue
+        with world_of_one(), pytest.raises(UserError, match="knows the datasets lamp, other. Choose the one"):
+            open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x"))
+    with world_of_one():
+        again, _ = open_loop(assistant, assistant.dataset(tmp_path / "lamp.json", robot / "images"),
+                             EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
+    assert again == scores
+
+
+def test_pictures_of_held_out_episodes_lie_where_those_of_their_robot_do(tmp_path):
+    files = [tmp_path / name for name in ("talk.json", "a/train.json", "b/train.json", "b/more.json")]
+    for file in (*files, tmp_path / "b/val.json", tmp_path / "val.json"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("[{}]" if file.name == "talk.json" else json.dumps([{"steps": []}]))
+    cfg = config.Config(stage="vla", ckpt="x", train_json=",".join(map(str, files)), image_dir="t,a,b,m")
+    found = [actions_module.image_dir_of(cfg, path)
+             for path in (*map(str, files), tmp_path / "b/val.json", tmp_path / "val.json")]
+    assert found == ["t", "a", "b", "m", "b", "a"]
 
 
 def test_a_policy_of_chunks_trains_acts_and_is_scored_at_each_place(robot, base, tmp_path, capsys):
