@@ -5,7 +5,8 @@ from pictures without shadows sees something new in pictures with them. Two ways
 
     published   480 x 480 with shadows, reflections and smoothing, as in the figures of others. 265 ms of CPU
                 time a picture where no GPU draws
-    fast        twice the wanted size, no shadows, no reflections, no smoothing: 11 ms
+    fast        twice the wanted size, no shadows, no reflections, no smoothing: at 96 x 96, 14 ms a recorded
+                step, with the simulation and the PNG file
 
 Either is then reduced to `size`. The protocol is that of LeRobot's Meta-World (envs/metaworld.py): the camera
 corner2 moved to (0.75, 0.075, 0.7), which version 3.1.1 calls corner4; both axes flipped; the state is the
