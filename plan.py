@@ -198,8 +198,9 @@ class Examples:
         if not own.positions:
             for path in cfg.train_json.split(","):
                 if not Path(path).is_file():
-                    raise UserError(f"--train_json {path} is not here. Give --positions, the length of the "
-                                    "longest example, patches included")
+                    there = "is missing" if path == "-" else f"{path} is not here"      # "-": see parse
+                    raise UserError(f"--train_json {there}. Give --positions, the length of the longest "
+                                    "example, patches included")
             *_, loader = train.load_data(cfg, CPU)
             self.data, sampler = loader.dataset, loader.batch_sampler
             self.lengths, self.has_image = sampler.lengths, sampler.has_image

@@ -393,6 +393,7 @@ def test_a_wrong_flag_is_one_sentence(flags, said, capsys):
 @pytest.mark.parametrize("flags, said", [
     (["--positions", "5"], "has no room for 1 pictures of 4 patches and a text"),
     (["--positions", "99"], "the longest example takes 99 positions, but the language model knows 64"),
+    ([], "--train_json is missing. Give --positions"),
     (["--train_json", "no.json"], "--train_json no.json is not here. Give --positions"),
     (["--positions", "20", "--gpus", "3"], "--global_batch_size 128 can't be cut into micro-batches of 16"),
     (["--positions", "20", "--vision_backbone", "/no"], "config.json and preprocessor_config.json can't be")])
