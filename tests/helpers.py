@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, SiglipVisionConfig,
                           SiglipVisionModel)
 
+import ranks
 from actions import Episodes
 from chat import PROMPTS
 from data import Conversations
@@ -88,6 +89,7 @@ def make_tokenizer(kind, add_bos=None, chat=False, filler=0, **special):
 @contextmanager
 def world_of_one():
     """The process group of a single process, as `ranks.start` makes it."""
+    ranks.cpu_group = None                                  # an earlier test may have left one that has ended
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
