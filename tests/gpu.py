@@ -36,8 +36,8 @@ import bench_train  # noqa: E402
 
 GPU = torch.cuda.is_available()
 SAME = ("step", "loss", "grad_norm", "lr", "tokens")
-# What is timed. size, stage -> Trainer's order beside it; what else is tried. A small model lets the GPU
-# wait: the CPU needs tens of ms to queue a micro-batch, of whatever length. Longer ones help, and --compile.
+# What is timed. size, stage -> Trainer's order beside it; what else is tried. With a small model the
+# GPU probably waits for the CPU, which queues its work; then larger micro-batches help, and --compile.
 TIMED = {("0.5B", "align"): ("trainer", {"micro_batch": 64}),
          ("0.5B", "finetune"): ("grouped", {"compile": True}),
          ("1.5B", "finetune"): ("grouped", {"compile": True}),
@@ -159,8 +159,7 @@ def laws(toy):
     say("finetune: modalities", ", ".join(sorted({line["modality"] for line in plain})))
     compare("--gradient_checkpointing", found["recomputed"], plain, 1e-3)
     compare("--compile", found["compiled"], plain, 2e-2)
-    # Blocks are gathered in bf16, the scales of their norms too, which DDP and autocast leave in fp32.
-    compare("--shard all, one rank", found["sharded"], plain, 5e-2)
+    compare("--shard all, one rank", found["sharded"], plain, 1e-2)
     same("--shard all: killed and continued", found["sharded killed"], found["sharded"])
     compare("--lora_rank 8: the first step is the base's", found["lora"][:1], plain[:1], 1e-3)
     same("--lora_rank 8, dropout: killed and continued", found["lora killed"], found["lora"])
