@@ -198,7 +198,7 @@ def grows_by(function):
     if child == 0:
         try:
             gc.disable()                                    # it would write into every object of this process
-            private_memory()    # the first look fills memory of its own: 3 to 10 MB, the longer pytest has run
+            private_memory()    # the first look takes 3 to 10 MB itself, the longer pytest has run
             before = private_memory()
             function()
             os.write(start, str(private_memory() - before).encode())

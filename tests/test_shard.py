@@ -71,6 +71,8 @@ def test_a_sharded_run_follows_the_curve_of_ddp(case, two):
 def test_what_is_gathered_in_bf16_is_as_near_as_another_cut_is(two):
     want, got = two["bf16:no"], two["bf16:all"]
     assert got["losses"][0] == want["losses"][0]
+    # After one update, whose sums differ in the last bits. With norms gathered in bf16: 3e-5.
+    assert got["losses"][1] == pytest.approx(want["losses"][1], rel=2e-6)
     assert got["losses"] == pytest.approx(want["losses"], rel=5e-4)
 
 
