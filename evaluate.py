@@ -251,21 +251,24 @@ def cell(result, data, blank_images):
     return pictures, result["question"], answer, "darkgreen" if result["right"] else "firebrick"
 
 
-def open_loop(assistant, data, cfg):
+def open_loop(assistant, data, cfg, answers):
     """Mean |error| of the policy's actions on recorded steps, per dimension, beside two policies that do not
     look: always the mean action of the training data; always what was done one step before. Of chunks, the
-    mean over all their places, and for each place."""
+    mean over all their places, and for each place. answers: see `score`; a chunk is kept as JSON."""
     wanted, there = (of[:cfg.max_examples or None] for of in data.chunks())     # (n, K, A), (n, K)
     data.key = cfg.unnorm_key
     key = data.units()
     data.check()
-    acted, unread = [], []
-    for batch in batches(data.question, list(range(len(wanted))), assistant, cfg, unread):
-        actions = assistant.act_on([example for _, example in batch], key)
-        acted += [(i, chunk) for (i, _), chunk in zip(batch, actions)]
+    given, unread = dict(answers.known), []
+    missing = [i for i in range(len(wanted)) if i not in answers.known]
+    for batch in batches(data.question, missing, assistant, cfg, unread):
+        for (i, _), chunk in zip(batch, assistant.act_on([example for _, example in batch], key)):
+            given[i] = json.dumps(chunk.tolist())
+            answers.write({"index": i, "answer": given[i]})
     got, unread = np.full_like(wanted, np.nan), of_all_ranks(unread)    # nan where one can't be read
-    for i, chunk in of_all_ranks(acted):
-        got[i] = chunk
+    for i, chunk in of_all_ranks(list(given.items())):
+        if i < len(got):
+            got[i] = json.loads(chunk)
     mean = np.broadcast_to(assistant.policy.statistics[key]["action"]["mean"], wanted.shape)
     first = data.first_steps()[:len(wanted), None, None]
     before = np.where(first, mean, np.roll(wanted[:, :1], 1, axis=0))                       # (n, K, A)
@@ -301,26 +304,25 @@ def main(cfg):
     episodes = type(data) is not Conversations
     if episodes and (cfg.shuffle_images or cfg.metric != "exact"):
         raise UserError(f"{cfg.json} holds episodes: --metric and --shuffle_images are for answers in words")
+    answers = Answers(out, {
+        "weights": fingerprint(find(cfg.ckpt)), "examples": data.store.file.name, "image_dir": cfg.image_dir,
+        "max_new_tokens": cfg.max_new_tokens, "blank_images": cfg.blank_images, "unnorm_key": cfg.unnorm_key,
+        # With fewer examples, a question may be about other pictures.
+        "shuffle_images": [cfg.max_examples] if cfg.shuffle_images else False})
     if episodes:
-        errors, unread = open_loop(assistant, data, cfg)
+        errors, unread = open_loop(assistant, data, cfg, answers)
         results = errors["count"]
         if results and rank == 0:
             write_scores(errors, out)
     else:
-        answers = Answers(out, {
-            "weights": fingerprint(find(cfg.ckpt)), "examples": data.store.file.name,
-            "image_dir": cfg.image_dir, "max_new_tokens": cfg.max_new_tokens,
-            "blank_images": cfg.blank_images,
-            # With fewer examples, a question may be about other pictures.
-            "shuffle_images": [cfg.max_examples] if cfg.shuffle_images else False})
         results, unread = score(assistant, data, cfg, answers)
         if results and rank == 0:
             table = summary(results)
             print_table(table)
             write_scores(table | {"metric": cfg.metric, "answers": results}, out)
             contact_sheet(results, data, out.with_name(f"{out.stem}.png"), cfg.blank_images)
-        ranks.barrier()                                     # rank zero's scores are on the disk
-        answers.remove()
+    ranks.barrier()                                         # rank zero's scores are on the disk
+    answers.remove()
     if unread or not results:
         raise UserError(f"{cfg.json}: {len(unread)} examples could not be scored and were left out"
                         f"{f', first: {unread[0]}' if unread else '; there was nothing to score'}")

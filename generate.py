@@ -29,6 +29,7 @@ class GenerateConfig:
         0.0, "draw each token from probabilities ~ exp(logit / temperature); 0 = take the likeliest")
     top_p: float = knob(1.0, "draw only from the likeliest tokens that have this probability together")
     seed: int = knob(0, "of the draw: the same seed on the same machine gives the same answer")
+    words: bool = knob(False, "ask a vla run in words, one that learned from conversations, too")
     state: tuple = knob((), "for a vla run with --state: the numbers of the robot's state")
     unnorm_key: str = knob(
         "", "vla: the dataset whose units the action is in; needed if the policy knows several")
@@ -240,9 +241,13 @@ def questions(cfg):
 
 def main(cfg):
     assistant = Assistant(cfg.ckpt)
+    if cfg.words and assistant.policy:
+        assistant.policy = None
+    elif cfg.words:
+        raise UserError(f"--words: {cfg.ckpt} is no policy and answers in words anyway. Leave the flag out")
     if cfg.chat and assistant.language.captions or (cfg.chat or cfg.temperature) and assistant.policy:
         raise UserError(f"{cfg.ckpt} is of stage {assistant.cfg.stage}: --chat is for runs that answer "
-                        "questions, --temperature for all that use words")
+                        "questions, --temperature for all that use words (a policy: with --words)")
     for name, read in (("state", assistant.policy and assistant.policy.state),
                        ("unnorm_key", assistant.policy)):
         if getattr(cfg, name) and not read:

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -402,13 +403,18 @@ def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, t
     assert re.fullmatch(rf"{actions[1, 0, 0]:.4f} {actions[1, 0, 1]:.4f} \(\d+ ms\)\n", printed)
 
 
+def fresh(known=None):
+    """Stands for answers.Answers: what is known from before, and what is written."""
+    return SimpleNamespace(known=known or {}, written=(written := []), write=written.append)
+
+
 def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, base, tmp_path, capsys):
     from evaluate import EvaluateConfig, open_loop
     from generate import Assistant
     assistant = Assistant(train_robot(robot, base, tmp_path, "--max_steps", "1")[1])
     with world_of_one():
         scores, unread = open_loop(assistant, assistant.dataset(robot / "lamp.json", robot / "images"),
-                                   EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
+                                   EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4), fresh())
     bright = np.arange(6) / 48
     assert not unread
     assert scores["count"] == 6 and len(scores["l1"]["policy"]) == 2
@@ -426,10 +432,10 @@ def test_recorded_steps_are_scored_beside_two_policies_that_do_not_look(robot, b
             assert data.units() == key
             continue
         with world_of_one(), pytest.raises(UserError, match="knows the datasets lamp, other. Choose the one"):
-            open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x"))
+            open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x"), fresh())
     with world_of_one():
         again, _ = open_loop(assistant, assistant.dataset(tmp_path / "lamp.json", robot / "images"),
-                             EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4))
+                             EvaluateConfig(ckpt="x", json="x", max_examples=6, batch_size=4), fresh())
     assert again == scores
 
 
@@ -459,7 +465,8 @@ def test_a_policy_of_chunks_trains_acts_and_is_scored_at_each_place(robot, base,
         assert (assistant.act(seen[i:i + 1], ["show it"])[0] == actions[i]).all()
     data = assistant.dataset(robot / "lamp.json", robot / "images")
     with world_of_one():
-        scores, unread = open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x", batch_size=20))
+        scores, unread = open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x", batch_size=20),
+                                   answers := fresh())
     wanted, there = data.chunks()
     error = np.abs(assistant.act_on([data.question(i) for i in range(48)]) - wanted)
     assert not unread and scores["count"] == 48
@@ -469,6 +476,11 @@ def test_a_policy_of_chunks_trains_acts_and_is_scored_at_each_place(robot, base,
     # What was done before the chunk: at its places 1, 2, 3 that is 1, 2, 3 steps ago, and 1/48 each.
     assert scores["l1"]["action before"][0] > 1.5 / 48
     assert "policy, place 3" in capsys.readouterr().out
+    asked, data.question = [], lambda i, question=data.question: asked.append(i) or question(i)
+    with world_of_one():                                    # a start that was killed after 30 steps
+        answers = fresh({row["index"]: row["answer"] for row in answers.written[:30]})
+        again, _ = open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x", num_workers=0), answers)
+    assert again == scores and asked == list(range(30, 48))
     printed = subprocess.run(
         [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png", "--prompt",
          "Show it."], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -502,7 +514,7 @@ def test_a_policy_that_knows_its_state_asks_for_it(robot, base, tmp_path):
     with world_of_one():                                    # a held-out file has another name than its units
         (robot / "held_out.json").write_text((robot / "lamp.json").read_text())
         scores, unread = open_loop(assistant, assistant.dataset(robot / "held_out.json", robot / "images"),
-                                   EvaluateConfig(ckpt="x", json="x"))
+                                   EvaluateConfig(ckpt="x", json="x"), fresh())
     assert not unread and scores["count"] == 48
     command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
                "--prompt", "Show it.", "--state", str(20 / 48), "5", "0.5"]
@@ -515,8 +527,8 @@ COTRAINED = "--chunk", "2", "--max_steps", "16", "--length_window", "64"
 
 @pytest.mark.parametrize("flags", [("--decode", "parallel"), ("--state",)])
 def test_a_policy_trains_on_conversations_too_the_same_on_one_rank_and_on_two(
-        flags, robot, base, world, tmp_path):               # noqa: F811
-    from generate import Assistant
+        flags, robot, base, world, tmp_path, capsys):       # noqa: F811
+    import generate
     files = ("--train_json", f"{robot / 'lamp.json'},{world / 'finetune.json'}", "--mixture", "2,1",
              "--image_dir", f"{robot / 'images'},{world / 'images'}", *COTRAINED, *flags)
     one, run, printed = train_robot(robot, base, tmp_path / "1", *files)
@@ -534,11 +546,15 @@ def test_a_policy_trains_on_conversations_too_the_same_on_one_rank_and_on_two(
     epoch = 12 + -(-pictures // 8) + -(-(len(rows) - pictures) // 8)
     assert f"{96 + len(rows)} examples ({96 + pictures} with pictures)" in printed
     assert f"{epoch} an epoch" in printed and set(kinds) == {"robot", "image", "text"}
-    assistant = Assistant(run)
+    assistant = generate.Assistant(run)
     talks = assistant.dataset(world / "finetune.json", world / "images")
     acts = assistant.dataset(robot / "lamp.json", robot / "images")
     assert not hasattr(talks, "chunks") and len(talks) == len(rows) and len(acts) == 48
     assert [type(text) for text in assistant.answer([talks.question(i) for i in range(3)], 4)] == [str] * 3
+    capsys.readouterr()
+    generate.main(generate.GenerateConfig(ckpt=str(run), prompt="How many?", words=True, max_new_tokens=4))
+    assistant.policy = None                                 # or the question would be about an action
+    assert capsys.readouterr().out == assistant.answer([assistant.example("How many?", [])], 4)[0] + "\n"
     command = [sys.executable, "evaluate.py", "--ckpt", run, "--json", world / "finetune.json", "--image_dir",
                world / "images", "--max_examples", "4", "--num_workers", "0", "--out", tmp_path / "s.json"]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)

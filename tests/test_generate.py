@@ -125,3 +125,8 @@ def test_an_align_run_does_not_chat(world, tmp_path):  # noqa: F811
 def test_a_flag_of_policies_is_refused_where_nothing_reads_it(say, flag):
     with pytest.raises(UserError, match=f"{flag}: .* is no policy that reads it. Leave the flag out"):
         say("--prompt", "What is it?", flag, "1")
+
+
+def test_words_are_not_asked_for_where_there_is_nothing_else(say):
+    with pytest.raises(UserError, match="--words: .* is no policy and answers in words anyway"):
+        say("--prompt", "What is it?", "--words")
