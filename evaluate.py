@@ -247,7 +247,9 @@ def cell(result, data, blank_images):
     pictures = [read_image(data.pictures.path(name)) for name in names]
     if blank_images:
         pictures = [Image.new("RGB", picture.size) for picture in pictures]
-    answer = result["answer"] + ("" if result["right"] else f"\n(expected: {result['expected']})")
+    answer, expected = (text if len(text) <= 50 else text[:49] + "…"        # both have room below a picture
+                        for text in (result["answer"], result["expected"]))
+    answer += "" if result["right"] else f"\n(expected: {expected})"
     return pictures, result["question"], answer, "darkgreen" if result["right"] else "firebrick"
 
 

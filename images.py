@@ -76,9 +76,7 @@ FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM",
 
 
 def read_image(path):
-    """A picture file as RGB, the way a person sees it:
-    rotated by its EXIF tag, on white where it is transparent.
-
+    """A picture file as RGB, as a person sees it: rotated by its EXIF tag, on white where it is transparent.
     Of an animation, the first frame. Raises BadExample where the file is missing or can't be decoded.
     """
     try:

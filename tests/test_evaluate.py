@@ -12,7 +12,7 @@ from PIL import Image
 
 from config import BadExample, UserError
 from answers import Answers
-from evaluate import EvaluateConfig, contact_sheet, other_pictures, question, score, summary
+from evaluate import EvaluateConfig, cell, contact_sheet, other_pictures, question, score, summary
 from test_train import ROOT, run_train, world  # noqa: F401
 
 ASK = "<image>\nWhich is shown?\nA. a star\nB. a heart"
@@ -271,3 +271,10 @@ def test_on_the_sheet_only_the_answer_has_a_color(tmp_path, answer, right, color
     red, green, blue = np.array(Image.open(tmp_path / "sheet.png"), dtype=int).reshape(-1, 3).T
     assert (green > np.maximum(red, blue) + 20).any() == (color == "green")
     assert (red > np.maximum(green, blue) + 20).any() == (color == "red")
+
+
+def test_a_long_answer_leaves_room_for_the_expected_one():
+    result = {"index": 0, "type": "all", "question": ASK, "expected": "yes " * 30, "answer": "no " * 40,
+              "right": False}
+    answer = "no " * 16 + "n…"                              # 50 letters, the expected one alike
+    assert cell(result, Recorded(rows_of({})), False)[2] == f"{answer}\n(expected: {'yes ' * 12}y…)"
