@@ -277,8 +277,11 @@ def main(own, cfg):
     unit, per = ("GB", 1e9) if found.peak > 1e9 else ("MB", 1e6)
     if own.one_line:
         parts = ", ".join(f"{name} {found.parts[name] / per:.1f}" for name in PARTS if found.parts.get(name))
+        # The more examples at once, the fewer kernels for each: a large GPU waits less for the CPU.
+        larger = found.peak < room / 2 and examples.sampler(size).accumulation > 1
         print(f"memory   {found.peak / per:.1f} {unit} at the peak of a step ({parts}); the GPU has "
-              f"{own.memory:.1f} GB, {RESERVE} of them kept free")
+              f"{own.memory:.1f} GB, {RESERVE} of them kept free"
+              + f". There is room for a --per_device_batch_size above {size}" * larger)
         return 0 if found.peak <= room else DOES_NOT_FIT
     length, times = int(examples.lengths[examples.first[:size]].max()), examples.sampler(size).accumulation
     print(f"{cfg.preset} {cfg.stage}, trains {','.join(cfg.trained)}: {size} x {length} positions a "

@@ -455,7 +455,14 @@ def test_the_longest_micro_batch_of_the_data_is_counted(world, tmp_path, capsys)
                                                                 4 * longest]
     assert examples.count == 4
     alone = examples.forecast(cfg, 2).peak / 1e6
-    assert answer(capsys, "--card", "H100", "--one_line", *flags)[0].startswith(f"memory   {alone:.1f} MB at")
+    said = answer(capsys, "--card", "H100", "--one_line", *flags)[0]
+    assert said.startswith(f"memory   {alone:.1f} MB at")
+    assert said.endswith("There is room for a --per_device_batch_size above 2\n")
+    for alone_in_a_step in ("--gpus=2", "--per_device_batch_size=4"):
+        said = answer(capsys, "--card", "H100", "--one_line", *flags, alone_in_a_step)[0]
+        assert said.endswith("kept free\n")
+    full = str((alone * 1.5 + 1500) / 1e3)                  # 1.5 GB are kept free: two thirds of it are taken
+    assert answer(capsys, "--memory", full, "--one_line", *flags)[0].endswith("kept free\n")
 
 
 def test_the_slots_of_a_policy_are_counted(world):
