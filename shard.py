@@ -40,31 +40,27 @@ def in_turn():
 def cut(model, mesh, device, dtype):
     """Cuts a loaded VLM and moves it to the device, block by block.
 
-    A block is a unit: it is gathered and dropped as one. All norms are another, and the rest (embeddings,
-    output, projector) is the root unit. These two stay whole from forward to backward: they are small, or
-    used at both ends of a step. Two tied tables must lie in one unit. Frozen vision stays whole: it is small.
+    A block's matrices are a unit: gathered and dropped as one. All the rest (embeddings, output, projector,
+    norms) is the root unit. It stays whole from forward to backward: it is small, or used at both ends of a
+    step; two tied tables must lie in one unit. Frozen vision stays whole on each rank: it is small.
     """
     if dtype == torch.float16:
         raise UserError("--shard does not go with fp16: each rank would find a scale of its own for its "
                         "slices. Give --precision fp32, or bf16 on a card that has it")
-    # Blocks are gathered in bf16, as autocast computes, and gradients averaged in fp32. Norms stay in fp32,
-    # as autocast leaves them: near 1, bf16 has steps of 0.4 to 0.8 %, which most updates are smaller than.
+    # Matrices are gathered in bf16, as autocast uses them, and gradients averaged in fp32. Norms stay in
+    # fp32, as autocast leaves them: near 1, bf16 has steps of 0.4 to 0.8 %, and most updates are smaller.
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = whole if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32, None, False)
-    frozen = {parameter for parameter in model.vision.parameters() if not parameter.requires_grad}
     model.vision.to(device)
+    frozen = {p for p in model.vision.parameters() if not p.requires_grad}
     towers = [blocks(tower)[:-1] for tower in model.vision.models if "vision" in model.trained]
-    for stack in (blocks(model.llm.base_model), *towers):
-        if norms := [module for module in stack.modules() if is_norm(module)]:
-            fully_shard(norms, mesh=mesh, mp_policy=whole, reshard_after_forward=False)
-        for block in stack:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=whole, reshard_after_forward=False, ignored_params=frozen)
-
-
-def is_norm(module):
-    """Or a layer scale: its parameters are vectors only."""
-    return {parameter.ndim for parameter in module.parameters(recurse=False)} == {1}
+    units = [block for stack in (blocks(model.llm.base_model), *towers) for block in stack]
+    matrices = {p for block in units for p in block.parameters() if p.ndim > 1}
+    # The root first: what it takes of a block becomes a slice, which the block's own unit then leaves alone.
+    fully_shard(model, mesh=mesh, mp_policy=whole, reshard_after_forward=False,
+                ignored_params=frozen | matrices)
+    for block in units:
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - matrices)
 
 
 def slice_like(tensor, parameter):

@@ -11,8 +11,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import checkpoint
 import config
+import shard
 import slices
+from helpers import world_of_one
+from model import blocks
 from test_faults import lose_steps_after
+from test_model import batches, tiny_vlm
 from test_train import (ROOT, assert_same_curve, assert_same_up_to_rounding, metrics_of,        # noqa: F401
                         run_train, weights, world)
 
@@ -87,6 +91,23 @@ def test_each_rank_holds_its_share_of_the_weights(two, four):
     assert four["untied:all"]["share"] == pytest.approx([0.25, 0.25], abs=0.003)
     assert four["untied:machine"]["share"] == pytest.approx([0.5, 0.5])     # cut in two, held twice
     assert two["align:all"]["share"] == [0.5, 0.5]          # the frozen language model is cut, too
+
+
+def test_norms_stay_in_fp32_and_nothing_inside_a_block_stops_its_graph():
+    model, device, seen = tiny_vlm(stage="full-finetune"), torch.device("cpu"), {}
+    with world_of_one():
+        shard.cut(model, shard.make_mesh("all", device), device, torch.bfloat16)
+        units = [*blocks(model.llm.base_model), *blocks(model.vision.models[0])[:-1]]
+        for block in units:                                 # --compile takes what is inside, hooks and all
+            inside = [module for module in block.modules() if module is not block]
+            assert not any(module._forward_pre_hooks or module._forward_hooks for module in inside)
+            block.register_forward_pre_hook(lambda block, _: seen.update(
+                {(name, p.ndim): p.dtype for name, p in block.named_parameters()}))
+        batch, = batches((4,))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(batch["input_ids"], batch["labels"], batch["pixel_values"])
+    assert len(seen) > 20 and {dtype for (_, ndim), dtype in seen.items() if ndim > 1} == {torch.bfloat16}
+    assert {dtype for (_, ndim), dtype in seen.items() if ndim == 1} == {torch.float32}
 
 
 CUT = ("--max_steps", "12", "--save_every", "4", "--keep", "9", "--shard", "all")
