@@ -180,8 +180,9 @@ def test_ctrl_c_saves_and_ends_with_success_and_the_run_continues(world, one_ran
     """It reaches all processes of the terminal, data workers too."""
     command = train_command(world, tmp_path, *SHORT, "--num_workers", "1")
     command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)    # what a shell starts with & ignores it
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True,
+                               start_new_session=True, preexec_fn=heard,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # sums in one order
     wait_for_step(tmp_path, 2, process)
     began = time.time()
