@@ -15,9 +15,9 @@ def pytest_addoption(parser):
 
 # What starts train.py again and again, or servers.
 # All others are `quick`: under a minute, for between two edits.
-SLOW = ("test_actions", "test_babyai", "test_convert", "test_evaluate", "test_faults", "test_generate",
-        "test_lerobot_episodes", "test_lora", "test_metaworld", "test_model", "test_owner",
-        "test_parallel", "test_parquet", "test_plan", "test_serve", "test_shard", "test_tour",
+SLOW = ("test_actions", "test_babyai", "test_convert", "test_evaluate", "test_faults", "test_forked",
+        "test_generate", "test_lerobot_episodes", "test_lora", "test_metaworld", "test_model",
+        "test_owner", "test_parallel", "test_parquet", "test_plan", "test_serve", "test_shard", "test_tour",
         "test_trackers", "test_train", "test_validation", "test_vla_eval_server")
 
 
