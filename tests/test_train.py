@@ -22,6 +22,7 @@ from torch.testing import assert_close
 import checkpoint
 import config
 import errors
+import forked
 import generate
 import train
 import ranks
@@ -52,16 +53,16 @@ def train_command(world, root, *flags, ranks=1, stage="finetune"):
             "--per_device_batch_size", "4", "--num_workers", "0", *flags]
 
 
-def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune"):
+def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune", fresh=False):
     """One run on the small world: torchrun, or plain `python train.py` for one rank, which starts faster.
+    fresh: each process imports everything itself, as a user's does; else it is forked.py's.
 
     Returns (metrics, run folder, everything it printed).
     """
     command = train_command(world, root, *flags, ranks=ranks, stage=stage)
     if ranks == 1:
         command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = forked.run(command, fresh)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     run = Path(root) / "r"
     return metrics_of(run), run, done.stdout + done.stderr
@@ -144,9 +145,10 @@ SAVE_ALL = ["--save_every", "1", "--keep", "20"]
 
 @pytest.mark.parametrize("ranks,size,more", [(2, "1", ["--gradient_checkpointing", *SAVE_ALL]), (4, "2", [])])
 def test_the_loss_curve_does_not_depend_on_how_the_batch_is_cut(world, one_rank, tmp_path, ranks, size, more):
-    """one_rank is 1 rank x 2 micro-batches; here are 2 x 4, with recomputed activations, and 4 x 1."""
+    """one_rank is 1 rank x 2 micro-batches; here are 2 x 4, with recomputed activations, and 4 x 1. The two
+    ranks are started exactly as users do it."""
     metrics, run, _ = run_train(world, tmp_path, "--max_steps", "20", "--per_device_batch_size", size, *more,
-                                ranks=ranks)
+                                ranks=ranks, fresh=ranks == 2)
     assert_same_curve(metrics, one_rank[0])
     assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
     if more:
@@ -557,8 +559,7 @@ def spoiled_run(world, root, where, *flags, ok):
     (root / "spoils.py").write_text(SPOILS)
     command = train_command(world, root, "--max_steps", "5", *flags, ranks=2)
     command[command.index(str(ROOT / "train.py"))] = str(root / "spoils.py")
-    done = subprocess.run([*command, where, str(root / "digests")], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = forked.run([*command, where, str(root / "digests")])
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return metrics_of(root / "r"), done.stdout + done.stderr, [
         [line.split(" ") for line in (root / f"digests{rank}").read_text().splitlines()] for rank in (0, 1)]
@@ -660,8 +661,7 @@ def test_generate_answers_from_the_command_line(world, one_rank, capsys):
     for images in ([], ["--image", a], ["--image", a, b], ["--image", a, "--image", b]):
         generate.main(config.parse(generate.GenerateConfig, [*flags, *images]))
         assert capsys.readouterr().out.strip(), images
-    done = subprocess.run([sys.executable, "generate.py", *flags, "--image", a], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
+    done = forked.run([sys.executable, "generate.py", *flags, "--image", a])
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
