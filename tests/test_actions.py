@@ -2,7 +2,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import actions as actions_module
 import check
 import config
+import forked
 from chat import PROMPTS
 from actions import BINS, ActionTokens, compute_statistics, distort, end_of_actions
 from config import BadExample, UserError
@@ -399,7 +399,7 @@ def test_a_policy_trains_the_same_on_one_rank_and_on_two_and_acts(robot, base, t
         assert (assistant.act(seen[i:i + 1], ["show it"])[0] == actions[i]).all()
     command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
                "--prompt", "Show it."]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = forked.run(command, check=True).stdout
     assert re.fullmatch(rf"{actions[1, 0, 0]:.4f} {actions[1, 0, 1]:.4f} \(\d+ ms\)\n", printed)
 
 
@@ -481,9 +481,9 @@ def test_a_policy_of_chunks_trains_acts_and_is_scored_at_each_place(robot, base,
         answers = fresh({row["index"]: row["answer"] for row in answers.written[:30]})
         again, _ = open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x", num_workers=0), answers)
     assert again == scores and asked == list(range(30, 48))
-    printed = subprocess.run(
-        [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png", "--prompt",
-         "Show it."], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
+               "--prompt", "Show it."]
+    printed = forked.run(command, check=True).stdout
     assert re.fullmatch(r"(-?\d\.\d{4} -?\d\.\d{4}\n){2}-?\d\.\d{4} -?\d\.\d{4} \(\d+ ms\)\n", printed)
 
 
@@ -518,7 +518,7 @@ def test_a_policy_that_knows_its_state_asks_for_it(robot, base, tmp_path):
     assert not unread and scores["count"] == 48
     command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
                "--prompt", "Show it.", "--state", str(20 / 48), "5", "0.5"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = forked.run(command, check=True).stdout
     assert printed.startswith(f"{actions[1, 0, 0]:.4f} {actions[1, 0, 1]:.4f} (")
 
 
@@ -557,7 +557,7 @@ def test_a_policy_trains_on_conversations_too_the_same_on_one_rank_and_on_two(
     assert capsys.readouterr().out == assistant.answer([assistant.example("How many?", [])], 4)[0] + "\n"
     command = [sys.executable, "evaluate.py", "--ckpt", run, "--json", world / "finetune.json", "--image_dir",
                world / "images", "--max_examples", "4", "--num_workers", "0", "--out", tmp_path / "s.json"]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    forked.run(command, check=True)
     assert json.loads((tmp_path / "s.json").read_text())["count"] == 4
 
 
