@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
+from forked import forked
 from helpers import talk
 from PIL import Image
 from test_convert import make_run
@@ -78,9 +79,9 @@ class Served:
     def __init__(self, run, folder, *flags):
         self.errors = folder / f"{run.name}.err"
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "serve.py"), "--ckpt", str(run), "--port", "0", *flags],
+            forked([sys.executable, str(ROOT / "serve.py"), "--ckpt", str(run), "--port", "0", *flags]),
             stdout=subprocess.PIPE, stderr=self.errors.open("w"), text=True, cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def ready(self):
         self.said = self.process.stdout.readline()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pages
 import pytest
+from forked import forked
 from PIL import Image
 
 # A bash block, and behind it what it prints.
@@ -51,8 +52,8 @@ def test_the_programs_of_the_tour_print_what_stands_below_them(block, printed, f
 
 def test_the_pictures_are_those_that_the_script_draws(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    subprocess.run([sys.executable, pages.ROOT / "docs/pictures.py", "--folder", "drawn"], check=True,
-                   capture_output=True)
+    command = forked([sys.executable, str(pages.ROOT / "docs/pictures.py"), "--folder", "drawn"])
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     drawn = sorted((folder / "drawn").glob("*.png"))
     assert len(drawn) == 5
     for path in drawn:
