@@ -3,9 +3,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
+import forked
 import pytest
 from helpers import world_of_one
 from PIL import Image
@@ -207,17 +209,18 @@ def test_answers_to_other_questions_are_left_alone(tmp_path, capsys):
 
 
 def test_two_evaluations_into_one_file_at_once_are_refused(tmp_path):
-    begin = ("import sys, pathlib; import config, ranks; from answers import Answers; from helpers import *\n"
-             "with world_of_one():\n    held = Answers(pathlib.Path(sys.argv[1]), {})\n"
-             "    print('there', flush=True); sys.stdin.read()\n")
-    other = subprocess.Popen([sys.executable, "-c", begin, str(tmp_path / "s.json")], cwd=ROOT / "tests",
-                             env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
+    (tmp_path / "begin.py").write_text(
+        f"import sys, pathlib; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+        "import config, ranks; from answers import Answers; from helpers import *\n"
+        "with world_of_one():\n    held = Answers(pathlib.Path(sys.argv[1]), {})\n"
+        "    print('there', flush=True); sys.stdin.read()\n")
+    command = forked.forked([sys.executable, str(tmp_path / "begin.py"), str(tmp_path / "s.json")])
+    other = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "there\n"
     with pytest.raises(UserError, match="s.unfinished.jsonl is being written by another evaluation"):
         begun(tmp_path / "s.json", {})
-    other.kill()
-    other.wait()
+    other.communicate()                                     # it ends with its input
     assert begun(tmp_path / "s.json", {}).known == {}
 
 
@@ -225,11 +228,10 @@ def test_two_ranks_score_as_one_process_does_and_in_the_same_order(world, tmp_pa
     """At the end of a run of two ranks one process scores; then two do, each every second example."""
     file, images, out = str(world / "val.json"), str(world / "images"), tmp_path / "two.json"
     _, run, printed = run_train(world, tmp_path, "--max_steps", "1", "--val_json", file, ranks=2)
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
          "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "evaluate.py", "--ckpt", str(run),
-         "--json", file, "--image_dir", images, "--out", str(out), "--batch_size", "3"],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+         "--json", file, "--image_dir", images, "--out", str(out), "--batch_size", "3"])
     assert done.returncode == 0 and done.stdout.count("all together") == 1, done.stderr
     one, two = (json.loads(path.read_text()) for path in (run / "val.json", out))
     assert one == two and [row["index"] for row in two["answers"]] == list(range(12))
@@ -241,22 +243,21 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_scores(world, tmp_path):
     _, run, _ = run_train(world, tmp_path, "--max_steps", "1")
     command = [sys.executable, "evaluate.py", "--ckpt", str(run), "--json", str(world / "val.json"),
                "--image_dir", str(world / "images"), "--num_workers", "0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = subprocess.run([*command, "--out", str(tmp_path / "whole.json")], cwd=ROOT, env=env, timeout=240,
-                           capture_output=True, text=True)
+    whole = forked.run([*command, "--out", str(tmp_path / "whole.json")])
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "killed.json"
-    first = subprocess.Popen([*command, "--out", str(out), "--batch_size", "1"], cwd=ROOT, env=env,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*command, "--out", str(out), "--batch_size", "1"], cwd=ROOT,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
     so_far = tmp_path / "killed.unfinished.jsonl"
     while not (so_far.exists() and so_far.read_text().count("\n") > 3):
         assert first.poll() is None
+        time.sleep(0.01)
     first.kill()
     first.wait()
     done = so_far.read_text().count("\n") - 1
     assert 3 <= done < 12 and not out.exists()
-    again = subprocess.run([*command, "--out", str(out), "--batch_size", "5"], cwd=ROOT, env=env, timeout=240,
-                           capture_output=True, text=True)
+    again = forked.run([*command, "--out", str(out), "--batch_size", "5"])
     assert again.returncode == 0 and f"{done} answers are there from before" in again.stdout, again.stderr
     assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
     assert not list(tmp_path.glob("*unfinished*"))

@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import config
+import forked
 import owner
 from config import UserError
 from test_train import train_here
@@ -226,7 +227,7 @@ def small_run(tmp_path_factory):
     words = " ".join(["red"] * 3000)
     rows = [{"conversations": [{"from": "human", "value": words}, {"from": "gpt", "value": "red"}]}]
     (folder / "long.json").write_text(json.dumps(rows))
-    done = subprocess.run(command(folder, folder), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forked.run(command(folder, folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -260,8 +261,7 @@ def test_two_starts_at_once_the_second_says_who_holds_the_run(small_run, tmp_pat
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(lambda: (tmp_path / "r" / "metrics.jsonl").exists())
-        second = subprocess.run(command(small_run, tmp_path, "--max_steps", "100000"), cwd=ROOT,
-                                capture_output=True, text=True, timeout=120)
+        second = forked.run(command(small_run, tmp_path, "--max_steps", "100000"))
         assert second.returncode == 1
         said = f"is being written by another start of it: process {first.pid} on "
         assert said in second.stderr.strip().splitlines()[-1], second.stderr
