@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import forked
 from config import BadExample
 from test_train import (ROOT, SHORT, assert_bit_for_bit, assert_same_curve,  # noqa: F401
                         assert_same_up_to_rounding, one_rank, run_train, train_command,
@@ -78,10 +78,13 @@ def lose_steps_after(run, root, step):
             shutil.rmtree(folder)
 
 
-def start(world, root, *flags, ranks=2, stage="finetune", **options):
-    return subprocess.Popen(train_command(world, root, *flags, ranks=ranks, stage=stage), cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+def start(world, root, *flags, ranks=2, stage="finetune"):
+    """By torchrun, or by plain `python train.py` where there is one rank."""
+    command = train_command(world, root, *flags, ranks=ranks, stage=stage)
+    if ranks == 1:
+        command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def children(pid):
@@ -165,7 +168,7 @@ def wait_or_end(root, process):
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all_with_success(world, flags, tmp_path):
-    process = start(world, tmp_path, *flags)
+    process = start(world, tmp_path, *flags, "--max_steps", "500")
     wait_for_step(tmp_path, 2, process)
     began = time.time()
     os.kill(children(process.pid)[1], signal.SIGTERM)
@@ -176,27 +179,39 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_success(world, flags, tmp_
     assert checkpoint.read_state(newest)["step"] == len(metrics_text(tmp_path).splitlines())
 
 
+CTRL_C = """
+import os, runpy, signal, sys
+sys.path.insert(0, os.getcwd())
+os.setsid()                                                 # a group of processes, as a terminal has one
+signal.signal(signal.SIGINT, signal.default_int_handler)    # what a shell starts with & ignores it
+import train
+exact = train.stop_unless_finite
+def pressed(loss, norm, step, *others):
+    if step == 3:
+        os.killpg(0, signal.SIGINT)
+    return exact(loss, norm, step, *others)
+train.stop_unless_finite = pressed
+train.ranks.run(train.main, train.config.parse(train.Config))
+"""
+
+
 def test_ctrl_c_saves_and_ends_with_success_and_the_run_continues(world, one_rank, tmp_path, monkeypatch):
     """It reaches all processes of the terminal, data workers too."""
+    (tmp_path / "pressed.py").write_text(CTRL_C)
     command = train_command(world, tmp_path, *SHORT, "--num_workers", "1")
-    command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)    # what a shell starts with & ignores it
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True, preexec_fn=heard,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # sums in one order
-    wait_for_step(tmp_path, 2, process)
-    began = time.time()
-    os.killpg(process.pid, signal.SIGINT)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and time.time() - began < 20, printed
-    steps = len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
+    flags = command[command.index(str(ROOT / "train.py")) + 1:]
+    done = forked.run([sys.executable, str(tmp_path / "pressed.py"), *flags])
+    since = time.time() - (tmp_path / "r" / "metrics.jsonl").stat().st_mtime
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0 and since < 20, printed
+    steps = len(metrics_text(tmp_path).splitlines())
     assert f"stopped by a signal after step {steps} and saved; the same command continues" in printed
-    assert steps < 20 and checkpoint.step_folders(tmp_path / "r")[-1].name == f"step-{steps:08d}"
+    assert 3 <= steps < 20 and checkpoint.step_folders(tmp_path / "r")[-1].name == f"step-{steps:08d}"
     assert_bit_for_bit(train_here(monkeypatch, world, tmp_path, *SHORT), one_rank)
 
 
 def test_a_signal_to_torchrun_reaches_all_processes_and_the_run_still_saves(world, flags, tmp_path):
-    process = start(world, tmp_path, *flags, "--num_workers", "1")
+    process = start(world, tmp_path, *flags, "--max_steps", "500", "--num_workers", "1")
     wait_for_step(tmp_path, 2, process)
     process.terminate()
     printed = process.communicate(timeout=60)[0]
@@ -266,13 +281,20 @@ def test_another_layout_continues_it_up_to_rounding(world, one_rank, tmp_path):
     assert_same_up_to_rounding(weights(run), weights(one_rank[1]))
 
 
+FULL = """
+import os, resource, runpy, sys
+sys.path.insert(0, os.getcwd())
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))       # no file larger than 1 MB
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
 def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(world, one_rank, tmp_path):
     lose_steps_after(one_rank[1], tmp_path, 10)
+    (tmp_path / "full.py").write_text(FULL)
     command = train_command(world, tmp_path, *SHORT)
-    # No file larger than 1 MB.
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-    command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    flags = command[command.index(str(ROOT / "train.py")) + 1:]
+    done = forked.run([sys.executable, str(tmp_path / "full.py"), *flags])
     said = f"error: the checkpoint of step 20 can't be written to {tmp_path / 'r'} ("
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(said), done.stderr
     assert "Older ones are intact" in done.stderr and not list((tmp_path / "r").glob("unfinished-*"))
@@ -309,8 +331,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path):
 def test_a_killed_data_worker_is_named(world, tmp_path):
     process = start(world, tmp_path, "--max_steps", "500", "--num_workers", "1", ranks=1)
     wait_for_step(tmp_path, 2, process)
-    rank = children(process.pid)[0]
-    worker = next(pid for pid in children(rank) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    worker = next(pid for pid in children(process.pid)
+                  if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
     began = time.time()
     os.kill(worker, signal.SIGKILL)
     printed = process.communicate(timeout=60)[0]
@@ -319,7 +341,7 @@ def test_a_killed_data_worker_is_named(world, tmp_path):
 
 
 def test_two_machines_find_each_other_also_after_a_rank_has_died(world, flags, undisturbed, tmp_path):
-    """Two agents on one host."""
+    """Two agents on one host. Torchruns as they are, whose ranks are forked."""
     port = random.Random(os.getpid()).randint(20000, 40000)
     agents = []
     for _ in range(2):
@@ -328,7 +350,8 @@ def test_two_machines_find_each_other_also_after_a_rank_has_died(world, flags, u
         command[command.index("--master_port=0")] = "--nnodes=2"
         command.insert(command.index("--nnodes=2"), "--max_restarts=3")
         agents.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                       text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+                                       text=True, env=os.environ | {"OMP_NUM_THREADS": "1",
+                                                                    "PYTHON_EXEC": forked.python()}))
     wait_for_step(tmp_path, 5, agents[0])
     os.kill(children(agents[random.randrange(2)].pid)[0], signal.SIGKILL)
     printed = [agent.communicate(timeout=150)[0] for agent in agents]
