@@ -11,6 +11,7 @@ do.
 """
 import atexit
 import functools
+import gc
 import json
 import os
 import select
@@ -122,6 +123,7 @@ def import_once():
             del sys.modules[name]
     sys.path.remove(ROOT)
     sys.excepthook = sys.__excepthook__                     # config.py has its own
+    gc.freeze()                                             # else each end of a program walks through it all
     assert len(os.listdir("/proc/self/task")) == 1          # a fork takes no other threads along
 
 
