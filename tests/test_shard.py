@@ -1,7 +1,5 @@
 """shard.py, and checkpoints of which each rank holds a slice."""
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import checkpoint
 import config
+import forked
 import shard
 import slices
 from helpers import world_of_one
@@ -39,8 +38,7 @@ def curves(world, llama, out, ranks, *cases):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
                "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / "tests/sharded.py"),
                str(world), str(llama), str(out), *cases]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = forked.run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
