@@ -26,6 +26,7 @@ import forked
 import generate
 import train
 import ranks
+import report
 from config import BadExample
 from helpers import world_of_one
 from prompts import IGNORE
@@ -69,10 +70,11 @@ def run_train(world, root, *flags, ranks=1, ok=True, stage="finetune", fresh=Fal
 
 
 def train_here(monkeypatch, world, root, *flags, stage="finetune"):
-    """The same in this process, seconds faster.
-    Without DDP, which does nothing for one rank but start threads."""
+    """The same in this process, seconds faster. Without DDP, which does nothing for one rank but start
+    threads, and without the picture of the curves."""
     command = train_command(world, root, *flags, stage=stage)
     monkeypatch.setattr(train, "DistributedDataParallel", lambda *args, **how: ranks.alone(*args, **how))
+    monkeypatch.setattr(report, "draw", lambda run: None)
     monkeypatch.chdir(ROOT)                                 # toy/ is there
     if dist.is_initialized():                               # a module's own group of one
         dist.destroy_process_group()
