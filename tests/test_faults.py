@@ -78,13 +78,13 @@ def lose_steps_after(run, root, step):
             shutil.rmtree(folder)
 
 
-def start(world, root, *flags, ranks=2, stage="finetune"):
+def start(world, root, *flags, ranks=2, stage="finetune", **env):
     """By torchrun, or by plain `python train.py` where there is one rank."""
     command = train_command(world, root, *flags, ranks=ranks, stage=stage)
     if ranks == 1:
         command = [sys.executable, *command[command.index(str(ROOT / "train.py")):]]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
 def children(pid):
@@ -168,7 +168,7 @@ def wait_or_end(root, process):
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all_with_success(world, flags, tmp_path):
-    process = start(world, tmp_path, *flags, "--max_steps", "500")
+    process = start(world, tmp_path, *flags, "--max_steps", "500", PYTHON_EXEC=forked.python())
     wait_for_step(tmp_path, 2, process)
     began = time.time()
     os.kill(children(process.pid)[1], signal.SIGTERM)
