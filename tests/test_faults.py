@@ -222,12 +222,13 @@ def test_a_signal_to_torchrun_reaches_all_processes_and_the_run_still_saves(worl
 
 
 def test_max_restarts_goes_on_by_itself_when_a_rank_dies(world, flags, undisturbed, tmp_path):
-    """A random one, at a random moment. --overwrite is for the user's start, not for the restarts."""
+    """A random one, at a random moment. --overwrite is for the user's start, not for the restarts. The ranks
+    are forked."""
     rng = random.Random()
     command = train_command(world, tmp_path, *flags, "--overwrite", ranks=2)
     command.insert(command.index("--master_port=0"), "--max_restarts=3")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": forked.python()})
     wait_for_step(tmp_path, 5, process)
     mark = tmp_path / "r" / "mark"
     mark.touch()
@@ -260,7 +261,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_shown_last(world, tmp_path):
     command = train_command(world, tmp_path, "--max_steps", "500", ranks=2)
     command[command.index(str(ROOT / "train.py"))] = str(tmp_path / "fails.py")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": forked.python()})
     wait_for_step(tmp_path, 4, process)                     # it happens in the fifth
     began = time.time()
     printed = process.communicate(timeout=60)[0]
