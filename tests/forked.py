@@ -6,8 +6,9 @@ output, the environment and the folder that it is started with; what it starts b
 starts its ranks, is forked, too. It ends as it would, and signals reach it. What kills its place-holder kills
 it a moment later. The files of this project are not among what is imported only once.
 
-Tests that kill, that look for processes in /proc, or that are about a start itself, start programs as users
-do.
+What a test looks for in /proc, or kills and does not wait for, is not forked. And of what users start, all is
+started in a test as they do it: python train.py with its score, torchrun with two ranks and their curve, one
+that gets a signal and one that is killed.
 """
 import atexit
 import functools

@@ -45,7 +45,7 @@ def test_signals_reach_it(number, start):
                     "time.sleep(60)")
     assert process.stdout.readline() == "there\n"
     process.send_signal(number)
-    assert process.wait(timeout=20) == 5
+    assert process.wait(timeout=60) == 5
 
 
 def test_it_is_killed_with_its_place_holder(start):
@@ -55,7 +55,7 @@ def test_it_is_killed_with_its_place_holder(start):
     process.kill()
     began = time.time()
     while Path(f"/proc/{pid}").exists():
-        assert time.time() - began < 20
+        assert time.time() - began < 60
         time.sleep(0.01)
     assert process.wait() == -9
 
