@@ -1,4 +1,5 @@
 """actions.py, and the stage that trains on episodes."""
+import functools
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from config import BadExample, UserError
 from data import collate
 from prompts import IGNORE, IMAGE, Language
 from helpers import PATCHES, dataset, make_tokenizer, picture, talk, world_of_one
-from test_train import ROOT, run_train, weights, world                                     # noqa: F401
+from test_train import ROOT, drawn, run_train, weights, world                              # noqa: F401
 
 UNIT = {"arm": {"action": {"q01": [-1.0], "q99": [1.0], "mask": [True]}}}
 KINDS = ("llama", "qwen", "gpt2", "phi", "smollm")
@@ -362,11 +363,13 @@ def robot(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """An untrained VLM of the toy's backbones, as a checkpoint to start from."""
-    from toy import world as toy_world
-    world = tmp_path_factory.mktemp("world")
-    toy_world.write(world, seed=5, scale=0.01)
-    return run_train(world, tmp_path_factory.mktemp("base"), "--max_steps", "1")[1]
+    """An untrained VLM of the toy's backbones, as a checkpoint to start from. Do not write into it."""
+    return after_one_step(tmp_path_factory.getbasetemp())
+
+
+@functools.cache
+def after_one_step(root):
+    return run_train(drawn(root), root / "base", "--max_steps", "1")[1]
 
 
 def train_robot(robot, base, root, *flags, **how):

@@ -1,5 +1,6 @@
 """train.py as a user runs it: real torchrun, real files, the embedded toy world made small."""
 import errno
+import functools
 import io
 import json
 import math
@@ -39,9 +40,14 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)      # as in fp32 and bf1
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """About 60 captions and 70 conversations: text only, one picture, two pictures."""
-    folder = tmp_path_factory.mktemp("world")
-    toy_world.write(folder, seed=5, scale=0.01)
-    return folder
+    return drawn(tmp_path_factory.getbasetemp())
+
+
+@functools.cache                                            # else anew for each file that imports the fixture
+def drawn(root):
+    (root / "world").mkdir()
+    toy_world.write(root / "world", seed=5, scale=0.01)
+    return root / "world"
 
 
 def train_command(world, root, *flags, ranks=1, stage="finetune"):
@@ -114,7 +120,12 @@ SHORT = ("--max_steps", "20", "--save_every", "10", "--keep", "5")
 
 @pytest.fixture(scope="session")
 def one_rank(world, tmp_path_factory):
-    root = tmp_path_factory.mktemp("one")
+    """Do not write into it."""
+    return by_one_rank(world, tmp_path_factory.getbasetemp() / "one")
+
+
+@functools.cache
+def by_one_rank(world, root):
     return run_train(world, root, *SHORT)
 
 
