@@ -176,6 +176,8 @@ def main(cfg):
     roll_out(cfg, policy, answers, words, drawing)
     scores = scores_of(cfg, answers, list(words))
     print("\n".join(table(scores, list(words))))
+    if policy:
+        policy.show_speed()
     rollouts.write_scores(answers.path, scores)
 
 

@@ -8,6 +8,7 @@ would not belong together, and that is an error.
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -93,12 +94,16 @@ class Policy:
             raise UserError(f"--execute {execute}: this policy answers with {self.policy.chunk} actions "
                             "(--chunk of its training). Give no more than that")
         self.blind = {}                                     # answers to black pictures: always the same
+        self.answers, self.actions, self.seconds = 0, 0, 0.0
 
     def act(self, pictures, instruction, state):
         """A list of pictures (PIL) -> (E, A), in the order in which they are to be done."""
-        states = {"states": [state]} if self.policy.state else {}
+        states, began = {"states": [state]} if self.policy.state else {}, time.process_time()
         chunk = self.assistant.act([pictures], [instruction], self.key, **states)[0]        # (K, A)
-        return np.asarray(chunk)[:self.execute or None]
+        chunk = np.asarray(chunk)[:self.execute or None]
+        self.seconds += time.process_time() - began
+        self.answers, self.actions = self.answers + 1, self.actions + len(chunk)
+        return chunk
 
     def act_blind(self, sizes, instruction, state):
         """The same without eyes. sizes: of the pictures that would be shown."""
@@ -106,6 +111,12 @@ class Policy:
         if asked not in self.blind:
             self.blind[asked] = self.act([Image.new("RGB", size) for size in sizes], instruction, state)
         return self.blind[asked]
+
+    def show_speed(self):
+        """CPU time, because other programs may use the cores. Drawing is not in it."""
+        if self.answers:
+            print(f"policy   {self.answers} answers, {1000 * self.seconds / self.answers:.1f} CPU ms each; "
+                  f"{1000 * self.seconds / self.actions:.1f} an action that was done")
 
 
 def rate(rows):

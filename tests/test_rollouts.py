@@ -73,6 +73,19 @@ def test_how_many_actions_of_a_chunk_are_done():
     assert stub.asked == [(255, ["go"], "", [[1, 2, 3, 4]])]
 
 
+def test_how_long_a_policy_thinks(monkeypatch, capsys):
+    """A clock of its own: each call takes 30 ms. Of each chunk of three, two actions are done."""
+    clock = iter(range(0, 1000, 30))
+    monkeypatch.setattr(rollouts, "time", SimpleNamespace(process_time=lambda: next(clock) / 1000))
+    policy = Policy(Stub(), 2, execute=2)
+    policy.show_speed()
+    assert capsys.readouterr().out == ""                    # nothing was asked, nothing is divided
+    for _ in range(4):
+        policy.act([Image.new("RGB", (4, 4))], "go", [])
+    policy.show_speed()
+    assert capsys.readouterr().out == "policy   4 answers, 30.0 CPU ms each; 15.0 an action that was done\n"
+
+
 def test_black_pictures_are_answered_once_for_each_text_and_state():
     stub = Stub(state=True)
     policy = Policy(stub, 2, state_size=4)
