@@ -1,20 +1,30 @@
-"""BabyAI's PickupLoc: a room where only the words say what to do. Records its bot, and lets a policy act.
+"""BabyAI's PickupLoc: a room where only the words say what to do. Records an expert; lets a policy act.
 
     pip install minigrid==3.2.0
-    python examples/babyai.py data/babyai --episodes 2000
-    torchrun train.py --stage vla --ckpt runs/toy-finetune-x7 --train_json data/babyai/train.json \
-        --val_json data/babyai/val.json --image_dir data/babyai --trains vision,projector,llm --run_id babyai
+    python examples/babyai.py data/babyai --episodes 2500
+    torchrun train.py --stage finetune --ckpt runs/toy-finetune-x7 --train_json ...   # docs/robot.md has all
+    torchrun train.py --stage vla --ckpt runs/babyai-talk --train_json ...            # the flags
     python examples/babyai.py --ckpt runs/babyai --rollouts 100 --who policy,black,wrong,expert,random
 
-Eight or nine balls, boxes and keys in six colors lie in a room; "pick up the grey key on your left"
-(arXiv 1810.08272). A fifth of all missions, decided by their words, is in no demonstration; rollouts are of
-those only. The first thing that is picked up ends a rollout, as nothing can be put down.
+Eight balls, boxes and keys in six colors lie in a room; "pick up the grey key on your left" (arXiv
+1810.08272). A fifth of all missions, decided by their words, is in no demonstration and in no conversation;
+rollouts are of those only. The first thing that is picked up ends a rollout, as nothing can be put down.
 
-An action is one number: 0 turn left, 1 turn right, 2 forward, 3 pick up. "Left" and "behind" are meant from
-where the agent stood at the start, which a picture of now does not show. So a white outline of the agent
-stays there, in each picture. The bot sees the 7 x 7 cells before it and turns to look around; the policy
-sees the whole room.
+train_talk.json asks about the pictures of the demonstrations, in LLaVA's form: "Where is the grey key on your
+left?", "c4 left": column c, row 4, and leave to the left. A picture has several such questions, but only
+one action; so a model that is to look up things by words sees more examples of it.
+
+"Left" and "behind" are meant from where the agent stood at the start, which a picture of now does not show.
+So a black outline stays there, and the room is drawn so that the agent looked up then.
+
+An action is four numbers. Only the last one moves the agent: 0 turn left, 1 turn right, 2 forward, 3 pick up.
+The first three say why, so that a policy looks before it acts: column and row of the thing that it is after,
+and in which direction it wants to leave (0 right, 1 down, 2 left, 3 up).
+
+The expert sees all of the room, as the policy does, and remembers nothing. What BabyAI's own bot does depends
+on what it has seen so far: it sees 7 x 7 cells and turns to look around.
 """
+import collections
 import contextlib
 import io
 import itertools
@@ -34,19 +44,24 @@ from examples import episodes, rollouts  # noqa: E402
 
 # Pixels, and cells. Without its walls a room has 96 x 96 pixels: one patch of the toy's vision for each cell.
 CELL, INSIDE = 16, 6
-ACTIONS = 4
+NUMBERS, ACTIONS, PICK_UP = 4, 4, 3
+WAYS = ("right", "bottom", "left", "top")                   # directions, in words that the toy's LLM knows
+THINGS = 8                                                  # in a room, as PickupLoc has it
+PAPER = 240, 240, 234                                       # the toy's vision knows things on bright paper
+SLIPS = 0.15                                                # how often a demonstration does something else
+QUESTIONS = 10                                              # asked about a picture; those asked twice are one
 ROLLOUTS_FROM = 1_000_000                                   # seeds below belong to demonstrations
 
 
 @dataclass(frozen=True)
 class BabyConfig:
-    folder: str = knob("", "where the bot's episodes are written; it must not exist")
+    folder: str = knob("", "where the expert's episodes are written; it must not exist")
     episodes: int = knob(2000, "how many to write for training; a twentieth more for val.json", "episodes")
     ckpt: str = knob("", "run folder or step folder of a policy: it acts, and no episodes are written")
     rollouts: int = knob(100, "rooms with unseen missions, in which each of --who acts", "episodes")
     who: str = knob("policy", "who acts: policy, black, wrong, expert, random, joined by commas")
     execute: int = knob(0, "actions of a chunk that are done before the policy is asked again; 0 = all")
-    steps: int = knob(20, "longest rollout; the bot needs 6 on average, 15 at most", "steps")
+    steps: int = knob(20, "longest rollout; the expert needs 5 on average", "steps")
     unnorm_key: str = knob("", "the dataset whose units are meant; needed if the policy knows several")
     out: str = knob("", "where rollouts are written; empty = babyai.jsonl in the run folder")
 
@@ -70,18 +85,24 @@ def unseen(mission):
 
 
 class Room:
-    """The simulator, its bot, and what a policy sees."""
+    """The simulator, an expert, and what a policy sees."""
 
     def __init__(self):
         import gymnasium
-        import minigrid.utils.baby_ai_bot as bots
-        self.env, self.make_bot = gymnasium.make("BabyAI-PickupLoc-v0").unwrapped, bots.BabyAIBot
+        from minigrid.core import grid
+        self.env = gymnasium.make("BabyAI-PickupLoc-v0").unwrapped
+        self.floor = grid.Grid(INSIDE, INSIDE).render(CELL, (-1, -1))
 
-    def start(self, seed):
+    def start(self, seed, things=THINGS):
+        self.env.num_dists = things
         with contextlib.redirect_stdout(io.StringIO()):     # it prints each room that it throws away
             self.env.reset(seed=seed)
-        self.home = tuple(map(int, self.env.agent_pos)), int(self.env.agent_dir)
-        self.bot, self.last = self.make_bot(self.env), None
+        self.home, self.turns = self.pose, (int(self.env.agent_dir) + 1) % 4      # until it looks up
+
+    @property
+    def pose(self):
+        """Column, row, direction: 0 right, 1 down, 2 left, 3 up."""
+        return *map(int, self.env.agent_pos), int(self.env.agent_dir)
 
     @property
     def mission(self):
@@ -94,13 +115,46 @@ class Room:
                  if thing is not None and thing.type in ("ball", "box", "key")}
         return [f"pick up the {color} {kind}" for color, kind in sorted(there - wanted)]
 
-    def expert(self):
-        return int(self.bot.replan(self.last))
+    def things(self, want_unseen):
+        """At the start: missions that the simulator could have given here -> the things that count."""
+        found = {}
+        for _ in range(QUESTIONS):
+            with contextlib.suppress(RecursionError):       # a hundred draws, and nothing lies here so
+                mission = self.env.rand_instr(["pickup"], ["action"])
+                words = mission.surface(self.env)
+                if unseen(words) == want_unseen:
+                    found.setdefault(words, mission.desc.obj_set)
+        return found
+
+    def turned(self, x, y, direction=0):
+        """A place of the simulator -> column, row and direction in the picture."""
+        x, y = x - 1, y - 1                                 # the first cells, 0, are walls
+        for _ in range(self.turns):
+            x, y = y, INSIDE - 1 - x
+        return x, y, (direction - self.turns) % 4
+
+    def expert(self, things=None):
+        """-> column and row of the nearest thing that is wanted, the direction in which to leave, the action:
+        the first one on a shortest way, by breadth-first search. Of equal ways, forward first, then left."""
+        things = self.env.instrs.desc.obj_set if things is None else things
+        queue, seen = collections.deque([(self.pose, None, None)]), {self.pose}
+        while queue:
+            (x, y, d), first, leave = queue.popleft()
+            ahead = x + (1, 0, -1, 0)[d], y + (0, 1, 0, -1)[d]
+            thing = self.env.grid.get(*ahead)
+            if any(thing is one for one in things):
+                column, row, leave = self.turned(*ahead, d if leave is None else leave)
+                return column, row, leave, PICK_UP if first is None else first
+            for pose, action in (((*ahead, d), 2), ((x, y, (d - 1) % 4), 0), ((x, y, (d + 1) % 4), 1)):
+                if pose not in seen and (action < 2 or thing is None):
+                    seen.add(pose)
+                    queue.append((pose, action if first is None else first,
+                                  d if action == 2 and leave is None else leave))
 
     def step(self, action):
         """-> whether the mission is done, whether the rollout is over."""
-        self.last = self.env.actions(int(np.clip(np.round(action), 0, ACTIONS - 1)))
-        _, reward, done, out_of_time, _ = self.env.step(self.last)
+        last = self.env.actions(int(np.clip(np.round(action), 0, ACTIONS - 1)))
+        _, reward, done, out_of_time, _ = self.env.step(last)
         return bool(done and reward > 0), bool(done or out_of_time or self.env.carrying)
 
     @property
@@ -110,23 +164,48 @@ class Room:
         return f"pick up the {thing.color} {thing.type}" if thing else ""
 
     def picture(self):
-        """The room from above without its walls (PIL, RGB), and in white where the agent was at the start."""
-        frame = self.env.get_frame(highlight=False, tile_size=CELL)
-        image = Image.fromarray(np.ascontiguousarray(frame[CELL:-CELL, CELL:-CELL]))
-        (x, y), direction = self.home
-        corners = np.array([(-6, -6), (6, 0), (-6, 6)])     # a triangle that points to the right
-        turn = np.linalg.matrix_power(np.array([[0, 1], [-1, 0]]), direction)       # clockwise, y goes down
-        corners = corners @ turn + (np.array([x, y]) - 0.5) * CELL      # the first cells, 0, are walls
-        ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners.round().tolist()], outline="white")
+        """The room from above without its walls (PIL, RGB), and in black where the agent was at the start."""
+        grid, (x, y, direction) = self.env.grid.slice(1, 1, INSIDE, INSIDE), self.turned(*self.pose)
+        for _ in range(self.turns):
+            grid = grid.rotate_left()
+        pixels = grid.render(CELL, (x, y), direction)
+        pixels[(pixels == self.floor).all(-1) | (pixels == 0).all(-1)] = PAPER
+        image = Image.fromarray(pixels)
+        column, row, _ = self.turned(*self.home)
+        corners = np.array([(2, 14), (8, 2), (14, 14)]) + np.array([column, row]) * CELL
+        ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners.tolist()], outline="black")
         return image
 
 
 def seeds_of(room, first, want_unseen):
-    """Endless: from `first` on, the seeds whose mission is unseen, or is not. The room is then started."""
+    """Endless: from `first` on, the seeds whose mission is unseen, or is not. The room is then started.
+    In rooms for training lie one to eight things: where there are few, words are easy to learn."""
     for seed in itertools.count(first):
-        room.start(seed)
-        if unseen(room.mission) == want_unseen and room.other_missions():
+        room.start(seed, THINGS if want_unseen else 1 + seed % THINGS)
+        if unseen(room.mission) == want_unseen and (room.other_missions() or not want_unseen):
             yield seed
+
+
+def talk(room, image, things):
+    """A conversation about a picture: where things lie, and in which direction to leave for them."""
+    turns = []
+    for mission, wanted in things.items():
+        column, row, leave, _ = room.expert(wanted)
+        turns += [{"from": "human", "value": mission.replace("pick up", "Where is") + "?"},
+                  {"from": "gpt", "value": f"{'abcdef'[column]}{row + 1} {WAYS[leave]}"}]
+    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    return {"id": image, "image": image, "conversations": turns}
+
+
+def demonstration(room, seed, slips=0.0):
+    """From where the room stands: pictures, and what the expert would do. Now and then the agent turns or
+    goes at random instead, so that there are examples of what to do after a mistake (arXiv 1703.09327)."""
+    rng, over = np.random.default_rng(seed), False
+    while not over:
+        wanted = room.expert()
+        yield room.picture(), wanted
+        slip = rng.random() < slips
+        _, over = room.step(rng.integers(PICK_UP) if slip else wanted[-1])
 
 
 def record(cfg):
@@ -134,18 +213,18 @@ def record(cfg):
     with episodes.appearing(cfg.folder) as folder:
         for split, count, first in (("val", max(1, cfg.episodes // 20), ROLLOUTS_FROM // 2),
                                     ("train", cfg.episodes, 0)):
-            rows, seeds = [], seeds_of(room, first, split == "val")
+            rows, talks, seeds = [], [], seeds_of(room, first, split == "val")
             for seed in tqdm(itertools.islice(seeds, count), total=count, desc=split, disable=None):
-                name, steps, over = f"{split}_{seed:06d}", [], False
+                name, steps, things = f"{split}_{seed:06d}", [], room.things(split == "val")
                 (folder / name).mkdir()
-                while not over:
-                    image, action = f"{name}/{len(steps):03d}.png", room.expert()
-                    room.picture().save(folder / image)
-                    steps.append({"image": image, "action": [float(action)]})
-                    done, over = room.step(action)
-                if done:                # not where the bot takes up what stands in its way, to put it aside
-                    rows.append({"id": name, "instruction": room.mission, "steps": steps})
+                for picture, wanted in demonstration(room, seed, SLIPS if split == "train" else 0):
+                    image = f"{name}/{len(steps):03d}.png"
+                    picture.save(folder / image, compress_level=1)
+                    steps.append({"image": image, "action": list(map(float, wanted))})
+                    talks += [talk(room, image, things)] if things else []
+                rows.append({"id": name, "instruction": room.mission, "steps": steps})
             (folder / f"{split}.json").write_text(json.dumps(rows))
+            (folder / f"{split}_talk.json").write_text(json.dumps(talks))
             print(f"{cfg.folder}/{split}.json: {len(rows)} episodes, "
                   f"{sum(len(row['steps']) for row in rows)} steps, "
                   f"{len({row['instruction'] for row in rows})} missions")
@@ -156,7 +235,7 @@ def rollout(room, steps, act):
     """act() -> (E,) numbers. -> whether the mission is done, how many steps it took."""
     plan, taken, over = [], 0, False
     while taken < steps and not over:
-        plan = plan or list(np.ravel(act()))
+        plan = plan or list(np.atleast_2d(act())[:, -1])
         done, over = room.step(plan.pop(0))
         taken += 1
     return done, taken
@@ -176,7 +255,7 @@ def let_act(cfg):
         import checkpoint
         from generate import Assistant
         step = checkpoint.find(cfg.ckpt).name
-        policy = rollouts.Policy(Assistant(cfg.ckpt), 1, cfg.execute, cfg.unnorm_key)
+        policy = rollouts.Policy(Assistant(cfg.ckpt), NUMBERS, cfg.execute, cfg.unnorm_key)
     answers = rollouts.Answers(cfg.out or Path(cfg.ckpt) / "babyai.jsonl", {
         "ckpt": cfg.ckpt, "step": step, "steps": cfg.steps, "execute": cfg.execute,
         "unnorm_key": cfg.unnorm_key})

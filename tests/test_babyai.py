@@ -16,54 +16,117 @@ from examples.babyai import BabyConfig, Room  # noqa: E402
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("babyai") / "data"
-    babyai.record(BabyConfig(folder=str(folder), episodes=40))
+    babyai.record(BabyConfig(folder=str(folder), episodes=60))
     return folder
 
 
+def rows_of(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def missions_of(folder, split):
+    """The missions of its demonstrations, and those that its conversations ask about."""
+    asked = {turn["value"].removeprefix("<image>\n") for row in rows_of(folder, f"{split}_talk")
+             for turn in row["conversations"] if turn["from"] == "human"}
+    return ({row["instruction"] for row in rows_of(folder, split)},
+            {"pick up" + words.removeprefix("Where is").removesuffix("?") for words in asked})
+
+
 def test_training_and_held_out_missions_share_no_words(folder):
-    missions = {}
-    for split in ("train", "val"):
-        episodes = json.loads((folder / f"{split}.json").read_text())
-        missions[split] = {episode["instruction"] for episode in episodes}
-    assert len(missions["train"]) > 10
-    assert not any(babyai.unseen(mission) for mission in missions["train"])
-    assert all(babyai.unseen(mission) for mission in missions["val"])
+    for missions in missions_of(folder, "train"):
+        assert len(missions) > 10
+        assert not any(babyai.unseen(mission) for mission in missions)
+    for missions in missions_of(folder, "val"):
+        assert all(babyai.unseen(mission) for mission in missions)
     assert babyai.unseen("pick up the grey key") and not babyai.unseen("pick up the red ball")
 
 
 def test_recorded_actions_do_the_mission_and_recorded_pictures_are_those_of_rollouts(folder):
     room = Room()
-    for episode in json.loads((folder / "train.json").read_text())[:10]:
+    for episode in rows_of(folder, "val"):                  # none of its steps is a slip
         room.start(int(episode["id"].split("_")[1]))
         assert room.mission == episode["instruction"]
         for step in episode["steps"]:
             with Image.open(folder / step["image"]) as image:
                 assert np.array_equal(np.asarray(image), np.asarray(room.picture()))
-            done, over = room.step(step["action"][0])
+            done, over = room.step(step["action"][-1])
         assert done and over
 
 
+def test_after_a_slip_the_expert_finds_its_way(folder):
+    room, slips = Room(), 0
+    for episode in rows_of(folder, "train"):
+        *before, last = [step["action"][-1] for step in episode["steps"]]
+        assert last == 3
+        seed = int(episode["id"].split("_")[1])
+        room.start(seed, 1 + seed % 8)                      # one to eight things in rooms for training
+        assert room.mission == episode["instruction"]
+        direct = sum(1 for _ in babyai.demonstration(room, 0))
+        assert len(before) + 1 >= direct
+        slips += len(before) + 1 > direct
+    assert slips > 10
+
+
+def arrange(things, agent):
+    """A room with these things only, {(column, row): thing}, places of the simulator, walls included."""
+    room = Room()
+    room.start(0)
+    room.env.grid.grid = [thing if thing is not None and thing.type == "wall" else None
+                          for thing in room.env.grid.grid]
+    for place, thing in things.items():
+        room.env.grid.set(*place, thing)
+    room.env.agent_pos, room.env.agent_dir = np.array(agent[:2]), agent[2]
+    room.home, room.turns = room.pose, (agent[2] + 1) % 4
+    return room
+
+
+def test_the_expert_goes_round_what_lies_in_its_way():
+    from minigrid.core.world_object import Ball, Box
+    ball, box = Ball("red"), Box("red")
+    room = arrange({(5, 3): ball}, (2, 3, 0))               # it looks right: the picture is turned
+    assert room.expert([ball]) == (2, 1, 3, 2)              # third column, second row; up; forward
+    room.step(2)
+    room.step(2)
+    assert room.expert([ball]) == (2, 1, 3, 3)
+    room.step(0)
+    assert room.expert([ball]) == (2, 1, 3, 1)
+    room = arrange({(5, 3): ball, (3, 3): box}, (2, 3, 0))
+    assert room.expert([ball]) == (2, 1, 2, 0)              # the box is in its way: to the left
+    assert room.expert([box, ball]) == (2, 3, 3, 3)         # the nearest one
+    assert room.expert([]) is None
+
+
+def test_what_a_conversation_says():
+    from minigrid.core.world_object import Ball, Key
+    ball, key = Ball("red"), Key("grey")
+    room = arrange({(5, 3): ball, (2, 5): key}, (2, 3, 0))
+    things = {"pick up the red ball": [ball], "pick up a key on your right": [key]}
+    assert babyai.talk(room, "0.png", things) == {"id": "0.png", "image": "0.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhere is the red ball?"},
+        {"from": "gpt", "value": "c2 top"},
+        {"from": "human", "value": "Where is a key on your right?"},
+        {"from": "gpt", "value": "e5 right"}]}
+
+
 def test_the_outline_stays_where_the_agent_stood():
-    room, seed = Room(), 0
-    room.start(seed)
-    room.env.agent_dir = 0                                  # it looks to the right
-    room.home = tuple(room.env.agent_pos), 0
-    x, y = ((place - 1) * 16 for place in room.env.agent_pos)       # of its cell; the walls are not shown
+    room = arrange({}, (2, 3, 0))
+    x, y = 2 * 16, 4 * 16                                   # of its cell in the turned picture
     assert room.picture().size == (96, 96)
 
-    def white(image):
-        return {(int(c), int(r)) for r, c in np.argwhere((np.asarray(image) == 255).all(-1))}
-    before = white(room.picture())
-    assert {(x + 2, y + 2), (x + 14, y + 8), (x + 2, y + 14)} <= before     # 8 +- 6: the three corners
+    def outline(image):
+        return {(int(c), int(r)) for r, c in np.argwhere((np.asarray(image) == 0).all(-1))}
+    before = outline(room.picture())
+    assert {(x + 8, y + 2), (x + 2, y + 14), (x + 14, y + 14)} <= before    # it points up, as it looked then
     room.step(1)
-    assert white(room.picture()) == before
-    room.home = room.home[0], 1                             # had it looked down, the tip would be below
-    assert {(x + 14, y + 2), (x + 8, y + 14), (x + 2, y + 2)} <= white(room.picture())
+    assert outline(room.picture()) == before
+    room.step(2)
+    pixels = np.asarray(room.picture())
+    assert outline(room.picture()) == before and tuple(pixels[y + 8, x + 16 + 8]) == (255, 0, 0)
 
 
 def test_a_thing_of_another_kind_ends_the_rollout_without_success():
     room = Room()
-    for seed in babyai.seeds_of(room, 0, False):
+    for seed in babyai.seeds_of(room, 500_000, True):
         other = room.other_missions()[0]
         wanted = room.env.instrs.desc.obj_set
         thing = next(thing for thing in room.env.grid.grid if thing is not None
@@ -72,7 +135,7 @@ def test_a_thing_of_another_kind_ends_the_rollout_without_success():
         room.env.carrying = thing                           # as if it had been picked up
         assert room.step(0) == (False, True)
         assert room.taken == other
-        if seed > 20:
+        if seed > 500_020:
             break
 
 
@@ -81,7 +144,7 @@ class Follower:
     own mission it is told, and turns left for ever where it is told something else."""
 
     def __init__(self, chunk=1):
-        self.policy = SimpleNamespace(dimensions=1, state=False, state_size=0, chunk=chunk)
+        self.policy = SimpleNamespace(dimensions=4, state=False, state_size=0, chunk=chunk)
         self.ways, room = {}, Room()
         seeds = babyai.seeds_of(room, babyai.ROLLOUTS_FROM, True)
         for _ in range(6):
@@ -89,14 +152,14 @@ class Follower:
             steps, over = [], False
             while not over:
                 steps.append((room.picture().tobytes(), room.expert()))
-                over = room.step(steps[-1][1])[1]
-            plan = [action for _, action in steps] + [0] * chunk
+                over = room.step(steps[-1][1][-1])[1]
+            plan = [action for _, action in steps] + [(0, 0, 0, 0)] * chunk
             for t, (picture, _) in enumerate(steps):
                 self.ways[picture, room.mission] = plan[t:t + chunk]
 
     def act(self, pictures, instructions, key=""):
-        way = self.ways.get((pictures[0][0].tobytes(), instructions[0]), [0] * self.policy.chunk)
-        return np.array(way, float).reshape(1, -1, 1)
+        way = self.ways.get((pictures[0][0].tobytes(), instructions[0]), [(0, 0, 0, 0)] * self.policy.chunk)
+        return np.array(way, float).reshape(1, -1, 4)
 
 
 @pytest.mark.parametrize("chunk, execute", [(1, 0), (4, 0), (4, 2)])
