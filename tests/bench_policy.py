@@ -30,7 +30,7 @@ def milliseconds(assistant, chunk, decoding, times):
     """CPU time of one answer: the mean of `times`, after one that does not count. Of the CPU, not of the
     clock, because other programs may use the cores."""
     length, model = chunk * DIMENSIONS, assistant.model
-    assistant.policy = SimpleNamespace(length=length, decoding=decoding, ids=range(1000, 1256), end=1256)
+    assistant.policy = SimpleNamespace(length=length, decoding=decoding, ids=range(500, 756), end=756)
     model.projector.slots = nn.Parameter(torch.randn(length, model.llm.get_input_embeddings().embedding_dim))
     example = {"input_ids": torch.arange(PROMPT) + 5, "images": []}
     for i in range(times + 1):
