@@ -1,7 +1,7 @@
 """BabyAI's PickupLoc: a room where only the words say what to do. Records an expert; lets a policy act.
 
     pip install minigrid==3.2.0
-    python examples/babyai.py data/babyai --episodes 2500
+    python examples/babyai.py data/babyai --episodes 6000
     torchrun train.py --stage finetune --ckpt runs/toy-finetune-x7 --train_json ...   # docs/robot.md has all
     torchrun train.py --stage vla --ckpt runs/babyai-talk --train_json ...            # the flags
     python examples/babyai.py --ckpt runs/babyai --rollouts 100 --who policy,black,wrong,expert,random
@@ -80,8 +80,9 @@ class BabyConfig:
 
 
 def unseen(mission):
-    """One mission in five never occurs in training: decided by its words, so whatever the seed."""
-    return zlib.crc32(mission.encode()) % 5 == 0
+    """One mission in five never occurs in training: decided by its words, so whatever the seed. "a grey key"
+    and "the grey key" are one."""
+    return zlib.crc32(mission.replace(" a ", " the ").encode()) % 5 == 0
 
 
 class Room:
@@ -179,9 +180,10 @@ class Room:
 
 def seeds_of(room, first, want_unseen):
     """Endless: from `first` on, the seeds whose mission is unseen, or is not. The room is then started.
-    In rooms for training lie one to eight things: where there are few, words are easy to learn."""
+    In rooms for training lie one to eight things, in half of them eight: where there are few, words are easy
+    to learn."""
     for seed in itertools.count(first):
-        room.start(seed, THINGS if want_unseen else 1 + seed % THINGS)
+        room.start(seed, THINGS if want_unseen else min(THINGS, 1 + seed % (2 * THINGS - 2)))
         if unseen(room.mission) == want_unseen and (room.other_missions() or not want_unseen):
             yield seed
 
