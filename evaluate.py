@@ -258,9 +258,7 @@ def open_loop(assistant, data, cfg, answers):
     look: always the mean action of the training data; always what was done one step before. Of chunks, the
     mean over all their places, and for each place. answers: see `score`; a chunk is kept as JSON."""
     wanted, there = (of[:cfg.max_examples or None] for of in data.chunks())     # (n, K, A), (n, K)
-    data.key = cfg.unnorm_key
     key = data.units()
-    data.check()
     given, unread = dict(answers.known), []
     missing = [i for i in range(len(wanted)) if i not in answers.known]
     for batch in batches(data.question, missing, assistant, cfg, unread):
@@ -306,6 +304,10 @@ def main(cfg):
     episodes = type(data) is not Conversations
     if episodes and (cfg.shuffle_images or cfg.metric != "exact"):
         raise UserError(f"{cfg.json} holds episodes: --metric and --shuffle_images are for answers in words")
+    if episodes:                                            # can it act on them? before answers are kept
+        data.key = cfg.unnorm_key
+        data.units()
+        data.check()
     answers = Answers(out, {
         "weights": fingerprint(find(cfg.ckpt)), "examples": data.store.file.name, "image_dir": cfg.image_dir,
         "max_new_tokens": cfg.max_new_tokens, "blank_images": cfg.blank_images, "unnorm_key": cfg.unnorm_key,

@@ -2,7 +2,8 @@
 
 FSDP2 (torch's `fully_shard`; the idea is ZeRO's third stage, arXiv 1910.02054). Each rank keeps a slice of
 each tensor. Before a block computes, its slices are gathered; afterwards they are dropped again, and in
-backward each gradient is averaged over the ranks and cut (reduce-scatter). The results are those of DDP.
+backward each gradient is averaged over the ranks and cut (reduce-scatter). The results are those of DDP, up
+to rounding.
 """
 import os
 from contextlib import contextmanager

@@ -61,7 +61,7 @@ class BabyConfig:
     rollouts: int = knob(100, "rooms with unseen missions, in which each of --who acts", "episodes")
     who: str = knob("policy", "who acts: policy, black, wrong, expert, random, joined by commas")
     execute: int = knob(0, "actions of a chunk that are done before the policy is asked again; 0 = all")
-    steps: int = knob(20, "longest rollout; the expert needs 5 on average", "steps")
+    steps: int = knob(20, "longest rollout; the expert needs 6 on average", "steps")
     unnorm_key: str = knob("", "the dataset whose units are meant; needed if the policy knows several")
     out: str = knob("", "where rollouts are written; empty = babyai.jsonl in the run folder")
 

@@ -484,6 +484,10 @@ def test_a_policy_of_chunks_trains_acts_and_is_scored_at_each_place(robot, base,
         answers = fresh({row["index"]: row["answer"] for row in answers.written[:30]})
         again, _ = open_loop(assistant, data, EvaluateConfig(ckpt="x", json="x", num_workers=0), answers)
     assert again == scores and asked == list(range(30, 48))
+    refused = forked.run([sys.executable, "evaluate.py", "--ckpt", run, "--json", robot / "lamp.json",
+                          "--image_dir", robot / "images", "--unnorm_key", "nope"])
+    assert refused.returncode == 1 and "nope" in refused.stderr
+    assert not list(run.glob("*unfinished*"))               # nothing was answered
     command = [sys.executable, "generate.py", "--ckpt", run, "--image", robot / "images" / "5_0.png",
                "--prompt", "Show it."]
     printed = forked.run(command, check=True).stdout
