@@ -150,6 +150,7 @@ def run_ours(args):
         return result
 
     train.train_step, train.look = begun, done
+    train.save = lambda *values, **named: None              # gigabytes to write, after what is timed
     cfg = our_config(args)
     train.main(cfg)
     steps = [json.loads(line) for line in (cfg.run_folder / "metrics.jsonl").read_text().splitlines()]
@@ -337,7 +338,7 @@ def run_child(args, child, stage, size, folder):
                "--folder", str(folder), "--epochs", str(args.epochs), "--precision", args.precision,
                "--micro_batch", str(args.micro_batch), *["--compile"] * args.compile]
     done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
-    if "OutOfMemoryError" in done.stderr:
+    if "OutOfMemoryError" in done.stderr or "memory ran out" in done.stderr:   # theirs; ours (errors.py)
         return ""
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -396,6 +397,6 @@ if __name__ == "__main__":
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child == "ours":
-        run_ours(args)
-        os._exit(0)                                         # see ranks.py
+        import ranks
+        ranks.run(run_ours, args)                           # after an error, too, it ends; see ranks.py
     {"check": check, "trainer": run_theirs, "grouped": run_theirs, None: main}[args.child](args)

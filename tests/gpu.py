@@ -36,9 +36,9 @@ import bench_train  # noqa: E402
 
 GPU = torch.cuda.is_available()
 SAME = ("step", "loss", "grad_norm", "lr", "tokens")
-# What is timed. size, stage -> Trainer's order beside it; what else is tried. With a small model the
-# GPU probably waits for the CPU, which queues its work; then larger micro-batches help, and --compile.
-TIMED = {("0.5B", "align"): ("trainer", {"micro_batch": 64}),
+# What is timed. size, stage -> Trainer's order beside it; what else is tried. With a small model the GPU
+# waits for the CPU, which queues its work; so larger micro-batches help, and --compile.
+TIMED = {("0.5B", "align"): ("trainer", {"micro_batch": 64, "compile": True}),
          ("0.5B", "finetune"): ("grouped", {"compile": True}),
          ("1.5B", "finetune"): ("grouped", {"compile": True}),
          ("1M", "align"): ("trainer", {"micro_batch": 8}),
@@ -146,9 +146,12 @@ def laws(toy):
     same("killed and continued", found["killed"], found["bf16"])
     same("fp16: killed and continued", found["fp16 killed"], found["fp16"])
 
-    start = ("--ckpt", str(toy.root / "bf16"), *bf16)
-    how = {"plain": (), "recomputed": ("--gradient_checkpointing",), "compiled": ("--compile",),
-           "sharded": ("--shard", "all"), "lora": ("--lora_rank", "8", "--lora_dropout", "0.1")}
+    start = ("--ckpt", str(toy.root / "bf16"))
+    how = {"plain": bf16, "recomputed": (*bf16, "--gradient_checkpointing"), "compiled": (*bf16, "--compile"),
+           "sharded": (*bf16, "--shard", "all"), "lora": (*bf16, "--lora_rank", "8", "--lora_dropout", "0.1"),
+           "fp32": fp32, "fp32, compiled": (*fp32, "--compile")}
+    if not GPU:                                             # a CPU compiles for a minute, and once will do
+        how.pop("compiled")
     how["validated"] = (*how["lora"], "--val_json", "data/toy/val.json", "--val_every", "5", "--val_examples",
                         "60")
     found = at_once({name: lambda name=name, flags=flags: toy.train(name, *start, *flags, stage="finetune")
@@ -158,7 +161,11 @@ def laws(toy):
     plain = found["plain"]
     say("finetune: modalities", ", ".join(sorted({line["modality"] for line in plain})))
     compare("--gradient_checkpointing", found["recomputed"], plain, 1e-3)
-    compare("--compile", found["compiled"], plain, 2e-2)
+    # Compiled code rounds to bf16 less often, and 40 steps later that is a curve of its own. So all steps are
+    # compared in fp32, and in bf16 the first.
+    compare("--compile, fp32", found["fp32, compiled"], found["fp32"], 1e-3)
+    if GPU:
+        compare("--compile, the first step", found["compiled"][:1], plain[:1], 2e-2)
     compare("--shard all, one rank", found["sharded"], plain, 1e-2)
     same("--shard all: killed and continued", found["sharded killed"], found["sharded"])
     compare("--lora_rank 8: the first step is the base's", found["lora"][:1], plain[:1], 1e-3)
@@ -345,7 +352,6 @@ if __name__ == "__main__":
     parser.add_argument("--watch", type=Path, help=argparse.SUPPRESS)          # one run, here
     args = parser.parse_args(namespace=argparse.Namespace(micro_batch=0, compile=False))
     if args.watch:
-        watch(args.watch)
-        sys.stdout.flush()
-        os._exit(0)                                         # see ranks.py
+        import ranks
+        ranks.run(watch, args.watch)
     sys.exit(main(args))
