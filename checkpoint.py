@@ -84,7 +84,7 @@ def tensors_in(file):
         return {name: opened.get_slice(name).get_shape() for name in opened.keys()}
 
 
-def newest(run, aside=False):
+def newest(run, aside=False, advice="--overwrite starts the run over"):
     """-> the newest whole step folder of a run, None if there is no step folder at all.
 
     Damaged ones that are newer are named; `aside`: and set aside. Raises UserError if none is whole: whether
@@ -100,9 +100,8 @@ def newest(run, aside=False):
             return folder
         damaged.append((folder, problem))
     if folders:
-        raise UserError(f"{run}: there is no whole step-* folder in it: "
-                        f"{'; '.join(f'{folder.name} is damaged ({why})' for folder, why in damaged)}. "
-                        "--overwrite starts the run over")
+        why = "; ".join(f"{folder.name} is damaged ({problem})" for folder, problem in damaged)
+        raise UserError(f"{run}: there is no whole step-* folder in it: {why}. {advice}")
     return None
 
 
@@ -114,7 +113,7 @@ def find(ckpt):
         if problem:
             raise UserError(f"--ckpt {ckpt} is damaged ({problem}). Give another step folder of this run")
         return folder
-    found = newest(folder)
+    found = newest(folder, advice="Give --ckpt another run")
     if found is None:
         raise UserError(f"--ckpt {ckpt}: there is no step-* folder in it. "
                         "Give a run folder with a checkpoint, or a step folder")

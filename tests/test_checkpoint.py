@@ -212,8 +212,11 @@ def test_what_can_not_be_read_now_stops_the_start_and_nothing_is_touched(tmp_pat
 def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(tmp_path):
     save(tmp_path, 1)
     flip(tmp_path / "step-00000001" / "model.safetensors", -1)
-    with pytest.raises(UserError, match="there is no whole step-. folder in it: step-00000001 is damaged"):
+    said = "there is no whole step-. folder in it: step-00000001 is damaged.*"
+    with pytest.raises(UserError, match=said + "--overwrite starts the run over"):
         checkpoint.newest(tmp_path, aside=True)
+    with pytest.raises(UserError, match=said + "Give --ckpt another run"):      # which is not to be replaced
+        checkpoint.find(tmp_path)
     assert (tmp_path / "step-00000001").exists()
     assert checkpoint.newest(tmp_path / "nowhere") is None
 
