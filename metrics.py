@@ -36,17 +36,29 @@ SCALE = 3                                                   # drawn so many time
 
 # -- reading -------------------------------------------------------------------------------------------------
 
-class Run:
-    """What metrics.jsonl and the folder of a run tell. `columns`: name -> (steps, values), both (n,)."""
+def read_run(folder):
+    """-> [Run]: two for a policy that trains on conversations, too. A step holds one kind, and their losses
+    are far apart: one curve of both would show how often each comes."""
+    lines = list(read_lines(Path(folder) / "metrics.jsonl"))
+    if not lines:
+        raise UserError(f"{folder}: there is no metrics.jsonl with a step in it. Give the folder of a "
+                        "run, such as runs/toy-align-x7")
+    robot = [line for line in lines if "accuracies" in line]
+    talk = [line for line in lines if "accuracies" not in line]
+    if robot and talk:
+        return [Run(folder, robot, lines, " robot"), Run(folder, talk, [], " talk")]
+    return [Run(folder, lines, lines)]
 
-    def __init__(self, folder):
-        self.folder, self.name = Path(folder), Path(folder).resolve().name
-        lines = list(read_lines(self.folder / "metrics.jsonl"))
-        if not lines:
-            raise UserError(f"{folder}: there is no metrics.jsonl with a step in it. Give the folder of a "
-                            "run, such as runs/toy-align-x7")
-        names = [name for panel in PANELS for name in panel[1:3] if name]
-        self.columns = {name: column(lines, name) for name in names}
+
+class Run:
+    """What lines of metrics.jsonl and the folder of a run tell. columns: name -> (steps, values), both (n,).
+    scored: the lines whose held-out scores are its own. what: which lines they are, if not all."""
+
+    def __init__(self, folder, lines, scored, what=""):
+        self.folder, self.what = Path(folder), what
+        self.name = self.folder.resolve().name + what
+        self.columns = {name: column(of, name) for panel in PANELS
+                        for name, of in zip(panel[1:3], (lines, scored)) if name}
         self.step, self.total = lines[-1]["step"], lines[-1].get("total") or lines[-1]["step"]
         self.skipped = [line["step"] for line in lines if line.get("skipped") == 1]
         starts = [(line.get("start"), line.get("total")) for line in lines]
@@ -378,7 +390,7 @@ def draw(runs, path):
 def short_names(runs):
     """Names that tell the runs apart, with more of the path where two folders are called alike."""
     alike = [run.name for run in runs]
-    names = [run.name if alike.count(run.name) == 1 else str(run.folder) for run in runs]
+    names = [run.name if alike.count(run.name) == 1 else f"{run.folder}{run.what}" for run in runs]
     return [printable(name if len(name) <= 60 else f"{name[:28]} ... {name[-28:]}", 100) for name in names]
 
 
@@ -410,8 +422,8 @@ def main():
     parser.add_argument("--out", default="", metavar="FILE.png", help="where the picture goes")
     flags = parser.parse_args()
     try:
-        runs = [Run(folder) for folder in flags.runs]
-        path = Path(flags.out or ("curves.png" if len(runs) > 1 else runs[0].folder / "curves.png"))
+        runs = [run for folder in flags.runs for run in read_run(folder)]
+        path = Path(flags.out or ("curves.png" if len(flags.runs) > 1 else runs[0].folder / "curves.png"))
         if path.suffix != ".png":
             raise UserError(f"--out {path}: give a name that ends with .png")
         draw(runs, path)

@@ -202,7 +202,7 @@ def progress(metrics, start, columns=COLUMNS):
 def draw(run):
     """The curves of the run as a picture. The run itself is whole, whatever becomes of that."""
     try:
-        curves.draw([curves.Run(run)], run / "curves.png")
+        curves.draw(curves.read_run(run), run / "curves.png")
         print(f"curves   {run / 'curves.png'}")
     except (UserError, OSError) as e:
         print(f"the curves can't be drawn: {e}", file=sys.stderr)

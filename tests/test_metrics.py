@@ -14,7 +14,7 @@ from PIL import Image
 import metrics
 import report
 from config import UserError
-from metrics import Run, linear_axis, log_axis, smoothed, written
+from metrics import linear_axis, log_axis, smoothed, written
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +35,11 @@ def make_run(folder, n=120, start=3.0, total=None, val=0, **columns):
     return folder
 
 
+def run_of(folder):
+    run, = metrics.read_run(folder)
+    return run
+
+
 # -- reading -------------------------------------------------------------------------------------------------
 
 def test_restarts_extensions_checkpoints_and_skipped_steps_are_found(tmp_path):
@@ -47,16 +52,36 @@ def test_restarts_extensions_checkpoints_and_skipped_steps_are_found(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in ("step-00000010", "step-00000030", "step-1", "unfinished-00000020"):
         (folder / name).mkdir()
-    run = Run(folder)
+    run = run_of(folder)
     assert (run.restarts, run.extended, run.checkpoints, run.skipped) == ([5], [20], [10, 30], [1, 7])
     assert run.columns["val_loss"][0].tolist() == [10, 20, 30] and len(run.columns["grad_norm"][0]) == 28
+
+
+def test_a_policy_that_trains_on_conversations_has_two_curves(tmp_path):
+    def steps(kind):
+        return make_run(tmp_path / kind, 6, val=3, loss=lambda step: 1.0 if step % 2 else 0.1)
+    folder = steps("both")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[::2]:
+        line["accuracies"] = [0.5]                          # steps 1, 3 and 5
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    robot, talk = metrics.read_run(folder)
+    assert (robot.name, talk.name) == ("both robot", "both talk")
+    assert [run.columns["loss"][0].tolist() for run in (robot, talk)] == [[1, 3, 5], [2, 4, 6]]
+    assert [set(run.columns["loss"][1]) for run in (robot, talk)] == [{1.0}, {0.1}]
+    # The held-out episodes are the robot's, whatever the step is after which they were scored.
+    assert [run.columns["val_loss"][0].tolist() for run in (robot, talk)] == [[3, 6], []]
+    metrics.draw([robot, talk], tmp_path / "a.png")
+    assert [name[-11:] for name in metrics.short_names([robot, robot, talk, talk])] == [
+        "/both robot"] * 2 + [f"{folder} talk"[-11:]] * 2
+    assert metrics.read_run(steps("talk"))[0].name == "talk"
 
 
 def test_a_run_that_is_being_written_is_read_as_far_as_it_goes(tmp_path):
     folder = make_run(tmp_path / "r", 5)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('[]\n{"step": "x"}\n{"loss": 1}\n{"step": 6, "loss": NaN}\n{"step": 7, "loss": 9.5')
-    run = Run(folder)
+    run = run_of(folder)
     assert run.step == 6 and run.columns["loss"][0].tolist() == [1, 2, 3, 4, 5]
 
 
@@ -65,7 +90,7 @@ def test_a_folder_without_a_step_is_named(text, tmp_path):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match=f"{tmp_path}: there is no metrics.jsonl with a step in it"):
-        Run(tmp_path)
+        run_of(tmp_path)
 
 
 def test_a_smooth_curve_keeps_a_line_a_constant_and_a_short_run(tmp_path):
@@ -105,7 +130,7 @@ def test_numbers_are_short_and_differ(values, kind, want):
 
 
 def axes_of(tmp_path, name, **how):
-    run = Run(make_run(tmp_path / "r", **how))
+    run = run_of(make_run(tmp_path / "r", **how))
     panel = next(panel for panel in metrics.PANELS if panel[1] == name)
     return metrics.Axes(metrics.Sheet(500, 300), 0, 0, panel, [run], (1, run.step)), run
 
@@ -146,7 +171,7 @@ def has(path, color, box=None):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 40, 5000])
 def test_runs_of_any_length_are_drawn(n, tmp_path):
-    run = Run(make_run(tmp_path / "r", n, val=1 if n == 3 else 0))
+    run = run_of(make_run(tmp_path / "r", n, val=1 if n == 3 else 0))
     metrics.draw([run], tmp_path / "a.png")
     assert has(tmp_path / "a.png", metrics.COLORS[0])
     assert has(tmp_path / "a.png", metrics.HELD_OUT) == (n == 3)
@@ -155,9 +180,10 @@ def test_runs_of_any_length_are_drawn(n, tmp_path):
 
 
 def test_each_run_has_its_color_in_each_panel_and_in_the_legend(tmp_path):
-    runs = [Run(make_run(tmp_path / f"r{i}", 60 + 20 * i, start=3.0 + i, padding=lambda s, i=i: 0.1 * (i + 1),
-                         accuracy=lambda s, i=i: 0.2 + 0.2 * i, grad_norm=lambda s, i=i: 1.0 + i,
-                         tokens_per_second=lambda s, i=i: 1000.0 * (i + 1))) for i in range(3)]
+    runs = [run_of(make_run(tmp_path / f"r{i}", 60 + 20 * i, start=3.0 + i,
+                            padding=lambda s, i=i: 0.1 * (i + 1),
+                            accuracy=lambda s, i=i: 0.2 + 0.2 * i, grad_norm=lambda s, i=i: 1.0 + i,
+                            tokens_per_second=lambda s, i=i: 1000.0 * (i + 1))) for i in range(3)]
     metrics.draw(runs, tmp_path / "a.png")
     head = metrics.legend(None, runs, metrics.short_names(runs), 1280)
     boxes = [(0, 0, 1280, head)] + [(20 + 420 * (i % 3), head + 270 * (i // 3), 420 + 420 * (i % 3),
@@ -167,7 +193,7 @@ def test_each_run_has_its_color_in_each_panel_and_in_the_legend(tmp_path):
 
 
 def test_a_legend_that_is_too_long_for_a_line_goes_on_below(tmp_path):
-    runs = [Run(make_run(tmp_path / f"{'long-name-' * 3}{i}", 3)) for i in range(8)]
+    runs = [run_of(make_run(tmp_path / f"{'long-name-' * 3}{i}", 3)) for i in range(8)]
     one, many = (metrics.legend(None, some, metrics.short_names(some), 1280) for some in (runs[:1], runs))
     assert many - one == 2 * 22                             # three entries a line
 
@@ -175,7 +201,7 @@ def test_a_legend_that_is_too_long_for_a_line_goes_on_below(tmp_path):
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    runs = [Run(make_run(tmp_path / folder / "r", 2)) for folder in ("a", "b")]
+    runs = [run_of(make_run(tmp_path / folder / "r", 2)) for folder in ("a", "b")]
     names = metrics.short_names(runs)
     assert names[0] != names[1] and names[0].endswith("a/r") and max(map(len, names)) <= 61
     assert metrics.short_names(runs[:1]) == ["r"]
@@ -186,7 +212,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 def test_what_is_no_picture_is_not_written_over(make, tmp_path):
     make(tmp_path / "a.png")
     with pytest.raises(UserError, match="is no picture that may be written over"):
-        metrics.draw([Run(make_run(tmp_path / "r", 2))], tmp_path / "a.png")
+        metrics.draw([run_of(make_run(tmp_path / "r", 2))], tmp_path / "a.png")
 
 
 # -- the table and the command -------------------------------------------------------------------------------
@@ -195,7 +221,7 @@ def test_the_table_of_a_run_worked_out_by_hand(tmp_path):
     """100 steps: the last 20th are steps 96 to 100. The held-out loss is lowest at step 50."""
     def val_loss(step):
         return {25: 2.0, 50: 0.75, 75: 1.25, 100: 1.5}.get(step)
-    run = Run(make_run(tmp_path / "r", 100, total=200, loss=lambda s: float(s), val_loss=val_loss,
+    run = run_of(make_run(tmp_path / "r", 100, total=200, loss=lambda s: float(s), val_loss=val_loss,
                        tokens_per_second=lambda s: 1000.0 + s, skipped=lambda s: int(s < 3)))
     head, row = metrics.table([run])
     assert head.split() == ["run", "steps", "loss", "held-out", "lowest", "right", "tok/s", "padding",
@@ -205,7 +231,7 @@ def test_the_table_of_a_run_worked_out_by_hand(tmp_path):
 
 
 def test_the_table_fits_100_columns(tmp_path):
-    runs = [Run(make_run(tmp_path / ("x" * 90 + str(i)), 50, total=1234567, val=10)) for i in range(2)]
+    runs = [run_of(make_run(tmp_path / ("x" * 90 + str(i)), 50, total=1234567, val=10)) for i in range(2)]
     assert all(len(line) <= 100 for line in metrics.table(runs))
 
 
