@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,11 @@ torch.set_num_threads(1)                                # tiny tensors: threads 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often test_faults.py kills a run (default: 3)")
     parser.addoption("--fuzz", type=int, default=200, help="tries for each reader of test_fuzz.py: 200")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite runs in up to four processes; files that are named, in this one, as for a debugger."""
+    return 0 if any(".py" in name for name in config.args) else min(4, os.cpu_count())
 
 
 # What starts train.py again and again, or servers.
