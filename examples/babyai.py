@@ -12,14 +12,18 @@ rollouts are of those only. The first thing that is picked up ends a rollout, as
 
 train_talk.json asks about the pictures of the demonstrations, in LLaVA's form: "Where is the grey key on your
 left?", "c4 left": column c, row 4, and leave to the left. A picture has several such questions, but only
-one action; so a model that is to look up things by words sees more examples of it.
+one action; so a model that is to look up things by words sees more examples of it. Half of the questions are
+no missions: "Where is the grey key left of e?", "... above 5?". Of the 18 plain missions with a color and a
+kind, 14 are for training, and 14 pairs can be learned by heart. With all these ends they are hundreds of
+sentences, and to put a color and a kind together is then what is learned.
 
 "Left" and "behind" are meant from where the agent stood at the start, which a picture of now does not show.
 So a black outline stays there, and the room is drawn so that the agent looked up then.
 
-An action is four numbers. Only the last one moves the agent: 0 turn left, 1 turn right, 2 forward, 3 pick up.
-The first three say why, so that a policy looks before it acts: column and row of the thing that it is after,
-and in which direction it wants to leave (0 right, 1 down, 2 left, 3 up).
+An action is seven numbers. Only the last one moves the agent: 0 turn left, 1 turn right, 2 forward, 3 pick
+up. The first six say why, so that a policy looks before it acts: its own column, row and direction (0 right,
+1 down, 2 left, 3 up), column and row of the thing that it is after, and in which direction it wants to leave.
+Each number is a token that the next ones have read (the idea: arXiv 2201.11903).
 
 The expert sees all of the room, as the policy does, and remembers nothing. What BabyAI's own bot does depends
 on what it has seen so far: it sees 7 x 7 cells and turns to look around.
@@ -44,12 +48,14 @@ from examples import episodes, rollouts  # noqa: E402
 
 # Pixels, and cells. Without its walls a room has 96 x 96 pixels: one patch of the toy's vision for each cell.
 CELL, INSIDE = 16, 6
-NUMBERS, ACTIONS, PICK_UP = 4, 4, 3
-WAYS = ("right", "bottom", "left", "top")                   # directions, in words that the toy's LLM knows
+NUMBERS, ACTIONS, PICK_UP = 7, 4, 3
+KINDS = "ball", "box", "key"
+WAYS = "right", "bottom", "left", "top"                     # directions, in words that the toy's LLM knows
+SIDES = ("left of", "right of"), ("above", "below")         # of a column, of a row
 THINGS = 8                                                  # in a room, as PickupLoc has it
 PAPER = 240, 240, 234                                       # the toy's vision knows things on bright paper
 SLIPS = 0.15                                                # how often a demonstration does something else
-QUESTIONS = 10                                              # asked about a picture; those asked twice are one
+QUESTIONS = 3                                               # of each sort, about a picture with enough things
 ROLLOUTS_FROM = 1_000_000                                   # seeds below belong to demonstrations
 
 
@@ -113,19 +119,32 @@ class Room:
         """Missions for things that lie in this room, too, but look unlike all that count."""
         wanted = {(thing.color, thing.type) for thing in self.env.instrs.desc.obj_set}
         there = {(thing.color, thing.type) for thing in self.env.grid.grid
-                 if thing is not None and thing.type in ("ball", "box", "key")}
+                 if thing is not None and thing.type in KINDS}
         return [f"pick up the {color} {kind}" for color, kind in sorted(there - wanted)]
 
-    def things(self, want_unseen):
+    def missions(self, want_unseen):
         """At the start: missions that the simulator could have given here -> the things that count."""
         found = {}
-        for _ in range(QUESTIONS):
+        for _ in range(40):                                 # draws; many are drawn twice
             with contextlib.suppress(RecursionError):       # a hundred draws, and nothing lies here so
                 mission = self.env.rand_instr(["pickup"], ["action"])
                 words = mission.surface(self.env)
                 if unseen(words) == want_unseen:
                     found.setdefault(words, mission.desc.obj_set)
         return found
+
+    def beside_a_line(self, rng):
+        """A thing by its looks, or some of them, and a line on one side of which it lies: no mission says so.
+        -> words, the things that are meant: none, perhaps, if it lies on the line."""
+        places = {thing: self.turned(at % self.env.width, at // self.env.width)[:2]
+                  for at, thing in enumerate(self.env.grid.grid) if thing is not None and thing.type in KINDS}
+        one, axis, line = rng.choice(list(places)), rng.integers(2), rng.integers(INSIDE)
+        color, kind = one.color * (rng.random() < 0.75), one.type if rng.random() < 0.75 else "object"
+        side = int(places[one][axis] > line)
+        meant = {thing for thing, place in places.items() if color in ("", thing.color)
+                 and kind in ("object", thing.type) and place[axis] != line and (place[axis] > line) == side}
+        name = "abcdef"[line] if axis == 0 else str(line + 1)
+        return f"pick up the {f'{color} {kind}'.strip()} {SIDES[axis][side]} {name}", meant
 
     def turned(self, x, y, direction=0):
         """A place of the simulator -> column, row and direction in the picture."""
@@ -151,6 +170,10 @@ class Room:
                     seen.add(pose)
                     queue.append((pose, action if first is None else first,
                                   d if action == 2 and leave is None else leave))
+
+    def numbers(self):
+        """An action, as the expert would do it."""
+        return *self.turned(*self.pose), *self.expert()
 
     def step(self, action):
         """-> whether the mission is done, whether the rollout is over."""
@@ -188,15 +211,30 @@ def seeds_of(room, first, want_unseen):
             yield seed
 
 
-def talk(room, image, things):
-    """A conversation about a picture: where things lie, and in which direction to leave for them."""
-    turns = []
-    for mission, wanted in things.items():
-        column, row, leave, _ = room.expert(wanted)
-        turns += [{"from": "human", "value": mission.replace("pick up", "Where is") + "?"},
-                  {"from": "gpt", "value": f"{'abcdef'[column]}{row + 1} {WAYS[leave]}"}]
-    turns[0]["value"] = "<image>\n" + turns[0]["value"]
-    return {"id": image, "image": image, "conversations": turns}
+def questions(room, missions, rng):
+    """-> the words of a few missions, and as many that are none -> what they mean. No two mean the same: else
+    the second answer could be read off the first."""
+    sorts = [list(missions.items()), [room.beside_a_line(rng) for _ in range(2 * QUESTIONS)]]
+    asked = {}
+    for each in sorts:
+        rng.shuffle(each)
+        new = {frozenset(meant): (words, meant) for words, meant in each if meant}
+        asked |= dict([(key, value) for key, value in new.items() if key not in asked][:QUESTIONS])
+    return dict(asked.values())
+
+
+def talk(room, image, things, rng):
+    """A conversation about a picture: where the agent stands and looks, where things lie, and in which
+    direction to leave for them."""
+    column, row, looks = room.turned(*room.pose)
+    turns = [("Where are you?", (column, row, looks))]
+    for words, wanted in things.items():
+        turns.append((words.replace("pick up", "Where is") + "?", room.expert(wanted)[:3]))
+    rng.shuffle(turns)
+    turns[0] = "<image>\n" + turns[0][0], turns[0][1]
+    said = [{"from": who, "value": value} for question, (column, row, way) in turns for who, value in
+            (("human", question), ("gpt", f"{'abcdef'[column]}{row + 1} {WAYS[way]}"))]
+    return {"id": image, "image": image, "conversations": said}
 
 
 def demonstration(room, seed, slips=0.0):
@@ -204,10 +242,10 @@ def demonstration(room, seed, slips=0.0):
     goes at random instead, so that there are examples of what to do after a mistake (arXiv 1703.09327)."""
     rng, over = np.random.default_rng(seed), False
     while not over:
-        wanted = room.expert()
-        yield room.picture(), wanted
+        action = room.numbers()
+        yield room.picture(), action
         slip = rng.random() < slips
-        _, over = room.step(rng.integers(PICK_UP) if slip else wanted[-1])
+        _, over = room.step(rng.integers(PICK_UP) if slip else action[-1])
 
 
 def record(cfg):
@@ -217,13 +255,14 @@ def record(cfg):
                                     ("train", cfg.episodes, 0)):
             rows, talks, seeds = [], [], seeds_of(room, first, split == "val")
             for seed in tqdm(itertools.islice(seeds, count), total=count, desc=split, disable=None):
-                name, steps, things = f"{split}_{seed:06d}", [], room.things(split == "val")
+                name, steps, missions = f"{split}_{seed:06d}", [], room.missions(split == "val")
                 (folder / name).mkdir()
-                for picture, wanted in demonstration(room, seed, SLIPS if split == "train" else 0):
+                rng = np.random.default_rng(seed)
+                for picture, action in demonstration(room, seed, SLIPS if split == "train" else 0):
                     image = f"{name}/{len(steps):03d}.png"
                     picture.save(folder / image, compress_level=1)
-                    steps.append({"image": image, "action": list(map(float, wanted))})
-                    talks += [talk(room, image, things)] if things else []
+                    steps.append({"image": image, "action": list(map(float, action))})
+                    talks.append(talk(room, image, questions(room, missions, rng), rng))
                 rows.append({"id": name, "instruction": room.mission, "steps": steps})
             (folder / f"{split}.json").write_text(json.dumps(rows))
             (folder / f"{split}_talk.json").write_text(json.dumps(talks))

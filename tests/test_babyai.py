@@ -1,5 +1,6 @@
 """examples/babyai.py with the simulator itself: missions that training never shows, and the controls."""
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,20 +25,31 @@ def rows_of(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def missions_of(folder, split):
-    """The missions of its demonstrations, and those that its conversations ask about."""
+MISSION = r"Where is (?:the|a) (?:(?:red|green|blue|purple|yellow|grey) )?(?:ball|box|key|object)"
+ENDS = " in front of you", " behind you", " on your left", " on your right"
+
+
+def asked_in(folder, split):
+    """The questions of its conversations, but "Where are you?": missions, as missions; others."""
     asked = {turn["value"].removeprefix("<image>\n") for row in rows_of(folder, f"{split}_talk")
-             for turn in row["conversations"] if turn["from"] == "human"}
-    return ({row["instruction"] for row in rows_of(folder, split)},
-            {"pick up" + words.removeprefix("Where is").removesuffix("?") for words in asked})
+             for turn in row["conversations"] if turn["from"] == "human"} - {"Where are you?"}
+    missions = {words for words in asked
+                if re.fullmatch(MISSION + "(" + "|".join(ENDS) + r")?\?", words)}
+    return {"pick up" + words[len("Where is"):-1] for words in missions}, asked - missions
 
 
 def test_training_and_held_out_missions_share_no_words(folder):
-    for missions in missions_of(folder, "train"):
-        assert len(missions) > 10
-        assert not any(babyai.unseen(mission) for mission in missions)
-    for missions in missions_of(folder, "val"):
-        assert all(babyai.unseen(mission) for mission in missions)
+    """Nor do conversations ask for what is held out. What they ask besides is no mission: a line in the room,
+    named by a column or a row, ends it."""
+    for split, held_out in (("train", False), ("val", True)):
+        missions, others = asked_in(folder, split)
+        for told in (missions, {row["instruction"] for row in rows_of(folder, split)}):
+            assert len(told) > (1 if held_out else 10)
+            assert all(babyai.unseen(mission) == held_out for mission in told)
+        assert len(others) > 10
+        for words in others:
+            assert re.fullmatch(MISSION + r" (left of|right of) [a-f]\?|" + MISSION
+                                + r" (above|below) [1-6]\?", words), words
     assert babyai.unseen("pick up a grey key")              # an article makes no other mission of it
     assert babyai.unseen("pick up the grey key") and not babyai.unseen("pick up the red ball")
 
@@ -86,6 +98,8 @@ def test_the_expert_goes_round_what_lies_in_its_way():
     ball, box = Ball("red"), Box("red")
     room = arrange({(5, 3): ball}, (2, 3, 0))               # it looks right: the picture is turned
     assert room.expert([ball]) == (2, 1, 3, 2)              # third column, second row; up; forward
+    room.env.instrs.desc.obj_set = [ball]
+    assert room.numbers() == (2, 4, 3, 2, 1, 3, 2)          # before it: third column, fifth row, looks up
     room.step(2)
     room.step(2)
     assert room.expert([ball]) == (2, 1, 3, 3)
@@ -102,11 +116,45 @@ def test_what_a_conversation_says():
     ball, key = Ball("red"), Key("grey")
     room = arrange({(5, 3): ball, (2, 5): key}, (2, 3, 0))
     things = {"pick up the red ball": [ball], "pick up a key on your right": [key]}
-    assert babyai.talk(room, "0.png", things) == {"id": "0.png", "image": "0.png", "conversations": [
-        {"from": "human", "value": "<image>\nWhere is the red ball?"},
-        {"from": "gpt", "value": "c2 top"},
-        {"from": "human", "value": "Where is a key on your right?"},
-        {"from": "gpt", "value": "e5 right"}]}
+    first = set()
+    for seed in range(20):
+        row = babyai.talk(room, "0.png", things, np.random.default_rng(seed))
+        turns = [turn["value"] for turn in row["conversations"]]
+        assert (row["id"], row["image"]) == ("0.png", "0.png") and turns[0].startswith("<image>\n")
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * 3
+        turns[0] = turns[0].removeprefix("<image>\n")
+        assert dict(zip(turns[::2], turns[1::2])) == {
+            "Where are you?": "c5 top", "Where is the red ball?": "c2 top",
+            "Where is a key on your right?": "e5 right"}
+        first.add(turns[0])
+    assert len(first) == 3                                  # a policy is asked without a question before
+
+
+def test_a_line_tells_things_apart():
+    from minigrid.core.world_object import Ball, Key
+    ball, red, grey = Ball("red"), Key("red"), Key("grey")  # in the turned picture: c2, a6 and e5
+    room = arrange({(5, 3): ball, (1, 1): red, (2, 5): grey}, (2, 3, 0))
+    rng, found = np.random.default_rng(0), {}
+    for _ in range(3000):
+        words, meant = room.beside_a_line(rng)
+        assert found.setdefault(words, meant) == meant
+    assert found["pick up the red object left of c"] == {red}
+    assert found["pick up the red object left of d"] == {ball, red}
+    assert found["pick up the key right of b"] == {grey}
+    assert found["pick up the key below 5"] == {red}
+    assert found["pick up the object above 6"] == {ball, grey}
+    assert not found["pick up the grey key left of e"]      # it stands in e
+
+
+def test_no_two_questions_mean_the_same_things():
+    from minigrid.core.world_object import Ball, Key
+    ball, key = Ball("red"), Key("grey")
+    room = arrange({(5, 3): ball, (2, 5): key}, (2, 3, 0))
+    missions = {"pick up the red ball": {ball}, "pick up a ball": {ball}, "pick up the key": {key}}
+    for seed in range(20):
+        asked = babyai.questions(room, missions, np.random.default_rng(seed))
+        meant = [frozenset(things) for things in asked.values()]
+        assert len(meant) == len(set(meant)) and {frozenset([ball]), frozenset([key])} <= set(meant)
 
 
 def test_the_outline_stays_where_the_agent_stood():
@@ -145,22 +193,22 @@ class Follower:
     own mission it is told, and turns left for ever where it is told something else."""
 
     def __init__(self, chunk=1):
-        self.policy = SimpleNamespace(dimensions=4, state=False, state_size=0, chunk=chunk)
+        self.policy = SimpleNamespace(dimensions=7, state=False, state_size=0, chunk=chunk)
         self.ways, room = {}, Room()
         seeds = babyai.seeds_of(room, babyai.ROLLOUTS_FROM, True)
         for _ in range(6):
             next(seeds)
             steps, over = [], False
             while not over:
-                steps.append((room.picture().tobytes(), room.expert()))
+                steps.append((room.picture().tobytes(), room.numbers()))
                 over = room.step(steps[-1][1][-1])[1]
-            plan = [action for _, action in steps] + [(0, 0, 0, 0)] * chunk
+            plan = [action for _, action in steps] + [(0,) * 7] * chunk
             for t, (picture, _) in enumerate(steps):
                 self.ways[picture, room.mission] = plan[t:t + chunk]
 
     def act(self, pictures, instructions, key=""):
-        way = self.ways.get((pictures[0][0].tobytes(), instructions[0]), [(0, 0, 0, 0)] * self.policy.chunk)
-        return np.array(way, float).reshape(1, -1, 4)
+        way = self.ways.get((pictures[0][0].tobytes(), instructions[0]), [(0,) * 7] * self.policy.chunk)
+        return np.array(way, float).reshape(1, -1, 7)
 
 
 @pytest.mark.parametrize("chunk, execute", [(1, 0), (4, 0), (4, 2)])
