@@ -150,8 +150,6 @@ def laws(toy):
     how = {"plain": bf16, "recomputed": (*bf16, "--gradient_checkpointing"), "compiled": (*bf16, "--compile"),
            "sharded": (*bf16, "--shard", "all"), "lora": (*bf16, "--lora_rank", "8", "--lora_dropout", "0.1"),
            "plain-fp32": fp32, "compiled-fp32": (*fp32, "--compile")}
-    if not GPU:                                             # a CPU compiles for a minute, and once will do
-        how.pop("compiled")
     how["validated"] = (*how["lora"], "--val_json", "data/toy/val.json", "--val_every", "5", "--val_examples",
                         "60")
     found = at_once({name: lambda name=name, flags=flags: toy.train(name, *start, *flags, stage="finetune")
@@ -161,11 +159,9 @@ def laws(toy):
     plain = found["plain"]
     say("finetune: modalities", ", ".join(sorted({line["modality"] for line in plain})))
     compare("--gradient_checkpointing", found["recomputed"], plain, 1e-3)
-    # Compiled code rounds to bf16 less often, and 40 steps later that is a curve of its own. So all steps are
-    # compared in fp32, and in bf16 the first.
+    # In bf16 rounding alone makes another curve (docs/speed.md); the line in fp32 tells a mistake from that.
+    compare("--compile", found["compiled"], plain, 2e-2)
     compare("--compile, fp32", found["compiled-fp32"], found["plain-fp32"], 1e-3)
-    if GPU:
-        compare("--compile, the first step", found["compiled"][:1], plain[:1], 2e-2)
     compare("--shard all, one rank", found["sharded"], plain, 1e-2)
     same("--shard all: killed and continued", found["sharded killed"], found["sharded"])
     compare("--lora_rank 8: the first step is the base's", found["lora"][:1], plain[:1], 1e-3)

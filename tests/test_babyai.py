@@ -155,6 +155,7 @@ def test_no_two_questions_mean_the_same_things():
         asked = babyai.questions(room, missions, np.random.default_rng(seed))
         meant = [frozenset(things) for things in asked.values()]
         assert len(meant) == len(set(meant)) and {frozenset([ball]), frozenset([key])} <= set(meant)
+        assert "pick up the key" in asked                   # a mission stays, if a line means the same
 
 
 def test_the_outline_stays_where_the_agent_stood():
