@@ -26,7 +26,12 @@ def loading_options(name):
     if folder.is_dir():
         check_files(folder)
     options = {"trust_remote_code": False, "local_files_only": folder.exists() or not hub_is_there()}
-    settings, _ = PretrainedConfig.get_config_dict(name, **options)
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(name, **options)
+    except OSError as e:
+        if folder.exists():
+            raise
+        raise OSError(f"there is no such folder in {Path.cwd()}; as a hub id: {e}") from e
     check_settings(name, settings)
     return options
 

@@ -16,6 +16,7 @@ from transformers import ResNetConfig, Siglip2Config, ViTConfig
 
 import checkpoint
 import config
+import foreign
 import train
 from chat import PROMPTS
 from check import CheckConfig
@@ -520,6 +521,15 @@ def test_a_backbone_that_can_not_be_used_is_named(kind, tmp_path, monkeypatch):
     with pytest.raises(config.UserError) as e:
         use(tmp_path)
     assert said in str(e.value)
+
+
+def test_a_relative_folder_is_told_from_where_it_was_meant(tmp_path, monkeypatch):
+    """A run made in the repository has "toy/llm" in its config.json, and is used from another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(foreign, "hub_is_there", lambda: False)     # no test uses the network
+    for use in (vision, load_language):
+        with pytest.raises(config.UserError, match=f"no such folder in {tmp_path.resolve()}; as a hub id: "):
+            use("toy/llm")
 
 
 def test_the_sentence_about_other_patches_has_both_numbers(tmp_path):
