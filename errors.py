@@ -32,6 +32,8 @@ def explain(error):
     """-> the text for the user, and whether this error is an echo: another rank failed, and this one only
     noticed."""
     text = str(error)
+    if isinstance(error, UserError):                        # before words are looked at: it may quote data
+        return text, False
     if isinstance(error, OtherRank) or "closed by peer" in text or "reset by peer" in text:
         if not isinstance(error, ConnectionError):          # that is how a data worker's end is noticed
             return text, True
@@ -46,8 +48,6 @@ def explain(error):
     if isinstance(error, OSError) and error.errno in DISK:
         return (f"a file can't be read or written ({printable(text)}). What was saved is intact. "
                 f"{DISK[error.errno]}; then give the same command again"), False
-    if isinstance(error, UserError):
-        return text, False
     if isinstance(error, subprocess.CalledProcessError):
         return f"the command above ended with {error.returncode}; its own error stands there", False
     return (f"this is a bug of this program ({type(error).__name__}: {printable(text, 300)}). "
@@ -87,6 +87,15 @@ def end_with(error):
     return 1
 
 
+def holds_scores(path):
+    """Is a JSON file one that evaluate.py or toy/robot.py has written? It may be the user's own data."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not found.keys().isdisjoint({"accuracy", "l1", "unseen layouts"})
+
+
 def check_writable(path, sources=()):
     """A JSON file that will be written after long work is tried out before it. Raises UserError, also if
     it is one of the `sources`, or no scores at all: nobody wants to lose weights to a slip of the hand."""
@@ -98,9 +107,9 @@ def check_writable(path, sources=()):
         path.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
             raise OSError("it is a link, or no file")
-        if path.exists() and not {"accuracy", "l1", "unseen layouts"} & json.loads(path.read_text()).keys():
+        if path.exists() and not holds_scores(path):
             raise OSError("it exists and holds no scores")
         path.with_name(f".{path.name}.tried").touch()
         path.with_name(f".{path.name}.tried").unlink()
-    except (OSError, ValueError, AttributeError) as e:
+    except OSError as e:
         raise UserError(f"{path} can't be written ({e}). Choose another name with --out") from e

@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 import ranks
 import trackers
-from checkpoint import delete_step, flush, step_folders, unused_name, write_text
+from checkpoint import delete_step, flush, started, step_folders, unused_name, write_text
 from config import UserError, read_config
+from errors import holds_scores
 
 # A run may continue with other values of these: they do not change what is computed, up to float rounding.
 FREE_TO_CHANGE = ("per_device_batch_size", "num_workers", "save_every", "keep", "overwrite",
@@ -34,6 +35,7 @@ MAY_GROW = ("epochs", "max_steps")                          # see check_longer
 RUN_FILES = ("config.json", "metrics.jsonl", "replaces.json", "dataset_statistics.json", "trace.json",
              "val.json", "val.png", "scores.json", "scores.png", "samples.png", "rollouts.json",
              "rollouts.png", "curves.png")
+SCORES = "val.json", "scores.json", "rollouts.json"         # but data may have these names, too
 
 
 def claim(cfg, run):
@@ -143,19 +145,20 @@ def begin(cfg, run, restarted, epoch):
 
 def begin_alone(cfg, run, restarted, epoch):
     """Makes the run folder if there is none, or if --overwrite wants a new one.
-    `restarted`: an earlier start has obeyed --overwrite already."""
+    `restarted`: an earlier start of this job has obeyed --overwrite already, if it came so far."""
     replaces = []
     try:
         if (run / "config.json").exists():
-            if restarted or not cfg.overwrite:
+            if not cfg.overwrite or restarted and str(started(run)).endswith(job()):
+                check_same_run(cfg, read_config(run), run)
                 extend(cfg, run, epoch)
                 return
             replaces = move_away(run)
         new = unused_name(run.with_name(f".{run.name}.new"))     # under its own name it appears whole
         new.mkdir(parents=True)
         # Checkpoints carry this word, too: a step folder of another run is not taken for one of this.
-        started = f"{time.strftime('%F %T')} {os.urandom(4).hex()}"
-        write_text(new / "config.json", json.dumps(asdict(cfg) | {"started": started}, indent=2))
+        name = f"{time.strftime('%F %T')} {os.urandom(4).hex()}{job()}"
+        write_text(new / "config.json", json.dumps(asdict(cfg) | {"started": name}, indent=2))
         if replaces:
             write_text(new / "replaces.json", json.dumps(replaces))
         if run.exists():
@@ -165,6 +168,12 @@ def begin_alone(cfg, run, restarted, epoch):
     except OSError as e:
         raise UserError(f"the run folder {run} can't be written ({e}). "
                         "Choose another --run_root") from e
+
+
+def job():
+    """What all starts of a job share, also after --requeue or --max_restarts; "" if it has no name."""
+    name = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else f" of job {name}"
 
 
 def move_away(run):
@@ -185,8 +194,9 @@ def forget(run):
         old = run.with_name(name)
         for folder in step_folders(old):
             delete_step(folder)
-        for file in (*(old / file_name for file_name in RUN_FILES), *trackers.event_files(old)):
-            file.unlink(missing_ok=True)
+        for file in (*(old / name for name in RUN_FILES), *trackers.event_files(old)):
+            if file.name not in SCORES or holds_scores(file):
+                file.unlink(missing_ok=True)
         if old.exists() and any(old.iterdir()):
             print(f"{old} is kept: it holds more than this program wrote")
         elif old.exists():

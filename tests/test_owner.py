@@ -117,6 +117,32 @@ def test_after_a_restart_by_torchrun_or_slurm_nothing_is_overwritten(tmp_path):
     assert names(run) == ["config.json", "step-00000001"] and names(tmp_path) == ["r"]
 
 
+def test_a_job_that_ended_before_it_overwrote_overwrites_when_it_is_restarted(tmp_path, monkeypatch):
+    """A rank that dies while it loads, a job that is put back into the queue: nothing was obeyed yet, and the
+    run that lies there is that of another job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    save(start(tmp_path), 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    run = start(tmp_path, restarted=True, overwrite=True, seed=9)
+    assert names(tmp_path) == ["r", "r.overwritten"] and config.read_config(run).seed == 9
+    save(run, 2)
+    assert start(tmp_path, restarted=True, overwrite=True, seed=9) == run   # its own: it goes on
+    assert names(run) == ["config.json", "step-00000002"]
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")       # torchrun's word for no name: it is believed,
+    with pytest.raises(UserError, match="other flags: --seed was 9, is 5"):     # but not with other flags
+        start(tmp_path, restarted=True, overwrite=True, seed=5)
+
+
+def test_overwrite_keeps_data_of_the_user_that_is_called_like_scores(tmp_path):
+    run = start(tmp_path)
+    save(run, 1)
+    (run / "val.json").write_text('[{"image": "a.png"}]')
+    (run / "scores.json").write_text('{"accuracy": 0.5}')
+    save(start(tmp_path, overwrite=True), 1)
+    assert names(tmp_path / "r.overwritten") == ["val.json"]
+
+
 def test_overwrite_deletes_only_what_train_py_wrote(tmp_path):
     run = start(tmp_path)
     save(run, 1)
