@@ -251,7 +251,8 @@ def load(cls, name, flag, **options):
 
 
 def load_vlm(cfg, trained=PARTS, frozen_dtype=torch.float32):
-    """The VLM of a Config, its projector fresh from the seed. Parts that do not train get `frozen_dtype`."""
+    """The VLM of a Config, its projector fresh from the seed. trained: parts in float32, those that train and
+    those that a checkpoint brings, which will be saved again. Others get `frozen_dtype`."""
     trained = {name.split(".")[0] for name in trained} - ({"llm"} if cfg.lora_rank else set())
     dtype = {name: torch.float32 if name in trained else frozen_dtype for name in PARTS}
     transforms = load_image_transforms(cfg.vision_backbone, cfg.image_resize, cfg.openvla_vision)

@@ -91,6 +91,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Not public, but there is no other way to be rank 0 of 8 alone: a group whose collectives send nothing.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import checkpoint
 import ranks
 import shard
 import train
@@ -109,12 +110,17 @@ CPU = torch.device("cpu")
 # -- one step ------------------------------------------------------------------------------------------------
 
 def hollow(cfg, sampler):
-    """The VLM as train.py assembles it, on the device "meta": shapes, no numbers. No checkpoint is read, so a
-    stage that starts from one goes by the parts that it trains."""
+    """The VLM as train.py assembles it, on the device "meta": shapes, no numbers. Of a checkpoint only the
+    parts that it brings are read; if there is none yet, a stage goes by the parts that it trains."""
+    is_there = cfg.ckpt and Path(cfg.ckpt).is_dir()
+    brings = checkpoint.parts_of(cfg, checkpoint.find(cfg.ckpt)) if is_there else ()
     cfg = replace(cfg, stage="finetune", ckpt="", no_align=True, trains=",".join(cfg.trained), compile=False)
     cfg = replace(cfg, shard="no", precision=as_on_a_gpu(cfg))              # the cut comes in `spread`
     with torch.device("meta"):
-        return train.load_model(cfg, None, sampler, torch.device("meta"))[1]
+        model = train.load_model(cfg, None, sampler, torch.device("meta"))[1]
+    for name in set(brings) - ({"llm"} if cfg.lora_rank else set()):        # see load_vlm
+        getattr(model, name).float()
+    return model
 
 
 def as_on_a_gpu(cfg):

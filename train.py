@@ -194,18 +194,18 @@ def load_model(cfg, policy, sampler, device):
         import shard
         mesh = shard.make_mesh(cfg.shard, device)
         with shard.in_turn():
-            model = prepare(cfg, start, trained, policy, sampler, device)
+            model = prepare(cfg, start, before, trained, policy, sampler, device)
             shard.cut(model, mesh, device, working_type(cfg.precision, device))
     else:
-        model = prepare(cfg, start, trained, policy, sampler, device).to(device)
+        model = prepare(cfg, start, before, trained, policy, sampler, device).to(device)
     torch.manual_seed(cfg.seed + dist.get_rank())           # with dropout, each rank drops other activations
     return [name for name in PARTS if name in before or name in trained], model
 
 
-def prepare(cfg, start, trained, policy, sampler, device):
+def prepare(cfg, start, before, trained, policy, sampler, device):
     """The VLM on the CPU, filled, and frozen except for what trains."""
     import check
-    model = load_vlm(cfg, cfg.trained,
+    model = load_vlm(cfg, (*cfg.trained, *before),
                      torch.float32 if device.type == "cpu" else working_type(cfg.precision, device))
     check.check_fits(model.llm, int(sampler.lengths.max()), trained, bool(sampler.has_image.all()))
     if start:

@@ -409,6 +409,18 @@ def test_a_stage_that_needs_a_checkpoint_is_counted_without_one():
             stage=stage, ckpt="a", train_json="b", image_dir="c").trained
 
 
+def test_a_frozen_part_that_the_checkpoint_brings_is_counted_in_fp32(world, tmp_path, monkeypatch):
+    """As train.py holds it: what is saved again is not rounded."""
+    cfg = settings(world, trains="projector", no_align=False, ckpt=str(tmp_path))
+    examples = plan.Examples(cfg, plan.parse(["--memory", "80", "--positions", "20"])[0])
+    monkeypatch.setattr(plan.checkpoint, "find", lambda ckpt: ckpt)
+    monkeypatch.setattr(plan.checkpoint, "parts_of", lambda cfg, step: ["projector", "llm"])
+    model = plan.hollow(cfg, examples.sampler(2))
+    assert {weight.dtype for weight in model.llm.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in model.vision.parameters()} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in model.llm.parameters())
+
+
 def test_a_model_that_looks_at_its_numbers_is_refused(world, monkeypatch):
     def choosy(cfg, sampler):
         model = hollow(cfg, sampler)
