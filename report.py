@@ -87,6 +87,9 @@ def opening(cfg, model, data, sampler, total, step, rate):
         counts = {name: sum(p.numel() for p in getattr(model, name).parameters()
                             if p.requires_grad == trained) for name in PARTS}
         return ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items() if count) or "nothing"
+    before = last_total(run)
+    if before and before > total:                           # flags that say less are refused (owner.py)
+        say("shorter", f"from {before:,} to {total:,} steps: the data has fewer examples than before")
     if step == total:
         print(f"{run}: this run is finished, all {total:,} steps are done")
         return
@@ -100,12 +103,13 @@ def opening(cfg, model, data, sampler, total, step, rate):
         f"{sampler.accumulation} accumulated x {sampler.world_size} ranks · "
         f"{len(sampler.lengths):,} examples ({int((sampler.has_image > 0).sum()):,} with pictures) · "
         f"{total:,} steps, {sampler.batches_per_epoch:,} an epoch")
-    before = last_total(run)
     if before and before < total:
         say("extended", f"from {before:,} to {total:,} steps, {step:,} are done; the learning rate goes on "
             f"at {rate:.2g}, where the {cfg.schedule} schedule of {total:,} steps has it")
     if not data.language.captions:
         say("prompt", printable(chat.describe(data.language)))
+        if step:
+            chat.check_same(state_of(run), data.language, run, cfg.llm_backbone)
         different = chat.changed(state_of(cfg.ckpt), data.language)
         if different:
             say("prompt", printable(different))

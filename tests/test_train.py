@@ -300,6 +300,38 @@ def test_a_finished_run_says_so_and_a_changed_flag_is_named(world, one_rank, tmp
     assert said in str(e.value)
 
 
+def test_a_run_that_fewer_examples_make_shorter_says_so(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world, tmp_path / "w")
+    flags = ("--epochs", "2", "--max_steps", "0", "--save_every", "5", "--keep", "9")
+    _, run = train_here(monkeypatch, tmp_path / "w", tmp_path, *flags)
+    for step in run.glob("step-*"):
+        if step.name != "step-00000005":
+            shutil.rmtree(step)
+    data = tmp_path / "w/finetune.json"
+    data.write_text(json.dumps(json.loads(data.read_text())[::2]))
+    capsys.readouterr()
+    lines, _ = train_here(monkeypatch, tmp_path / "w", tmp_path, *flags)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "shorter from 18 to 10 steps: the data has fewer examples" in said
+    assert (lines[-1]["step"], lines[-1]["total"]) == (10, 10)
+
+
+TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}In: {{ m['content'] }}\nOut:"
+            "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+
+
+def test_a_run_does_not_go_on_in_another_prompt_format(world, tmp_path, monkeypatch):
+    """As when a model's makers change the template of their tokenizer between two starts."""
+    llm = tmp_path / "llm"
+    shutil.copytree(ROOT / "toy/llm", llm)
+    (llm / "chat_template.jinja").write_text(TEMPLATE)
+    flags = ("--llm_backbone", str(llm), "--vision_backbone", str(ROOT / "toy/vit"))
+    train_here(monkeypatch, world, tmp_path, "--max_steps", "1", *flags)
+    (llm / "chat_template.jinja").write_text(TEMPLATE.replace("In: ", "Question: "))
+    with pytest.raises(config.UserError, match=r"'In: '.* gives .*'Question: '.* Was the template changed"):
+        train_here(monkeypatch, world, tmp_path, "--max_steps", "2", *flags)
+
+
 CONSTANT = ("--schedule", "constant", "--warmup_ratio", "0")
 
 
@@ -414,6 +446,8 @@ ENDS = {        # error: how its explanation begins, whether it is an echo
     "gloo: Connection closed by peer": (RuntimeError, "gloo: Connection closed by peer", True),
     "another rank met a bad example": (ranks.OtherRank, "another rank met a bad example", True),
     "one sentence": (config.UserError, "one sentence", False),
+    "turn 0 is 'Connection reset by peer'": (config.BadExample, "turn 0 is 'Connection reset", False),
+    "turn 0 is 'DataLoader worker (pid 7'": (config.BadExample, "turn 0 is 'DataLoader worker", False),
     "out of memory": (MemoryError, "memory ran out (out of memory). Halve --per_device_batch_size", False),
     "a bug": (RuntimeError, "this is a bug of this program (RuntimeError: a bug). Please report it ", False)}
 
@@ -506,10 +540,23 @@ def test_frozen_parts_are_kept_in_the_type_that_the_card_computes_in(device, pre
     monkeypatch.chdir(ROOT)
     sampler = SimpleNamespace(lengths=torch.tensor([9]), has_image=torch.tensor([True]))
     with world_of_one():
-        model = train.prepare(cfg, None, {"projector"}, None, sampler, torch.device(device))
+        model = train.prepare(cfg, None, (), {"projector"}, None, sampler, torch.device(device))
     assert {parameter.dtype for parameter in model.llm.parameters()} == {want}
     assert {parameter.dtype for parameter in model.vision.parameters()} == {want}
     assert {parameter.dtype for parameter in model.projector.parameters()} == {torch.float32}       # trains
+
+
+def test_a_part_that_the_checkpoint_brings_is_not_rounded_though_it_is_frozen_now(monkeypatch):
+    """It would be saved so: the next stage that trains it would start from rounded weights."""
+    cfg = config.Config(no_align=False, train_json="a", image_dir="b", precision="bf16")
+    monkeypatch.chdir(ROOT)
+    sampler = SimpleNamespace(lengths=torch.tensor([9]), has_image=torch.tensor([True]))
+    with world_of_one():
+        model = train.prepare(cfg, None, ["projector", "llm"], {"projector"}, None, sampler,
+                              torch.device("cuda"))
+    assert {parameter.dtype for parameter in model.llm.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.vision.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.llm.parameters())
 
 
 @pytest.mark.parametrize("found, local_rank, want", [
