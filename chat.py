@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 from config import UserError
 from prompts import Language, Prompt, tokenize
@@ -57,11 +58,18 @@ def find_prompt(choice, name, tokenizer):
             raise UserError(f"--prompt auto: the chat template of {name} can't be used ("
                             f"{str(e) or type(e).__name__}). Name a format: --prompt "
                             f"{', '.join(PROMPTS)}") from e
-    choice = known(name.lower(), tokenizer) if choice == "auto" else choice
+    choice = known(own_name(name), tokenizer) if choice == "auto" else choice
     if choice == "chatml" and len(tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) != 1:
         raise UserError("--prompt chatml needs a tokenizer that has <|im_end|> as one token; "
                         "this one has not. Try --prompt plain")
     return PROMPTS[choice]
+
+
+def own_name(name):
+    """Folder or hub id -> what a model is called. The folders around it may have names of other models; but
+    in the hub's cache its own folder is a number, and its name is above."""
+    parts = Path(name).resolve().parts if Path(name).is_dir() else (name,)
+    return next((part for part in parts if part.startswith("models--")), parts[-1]).lower()
 
 
 def known(name, tokenizer):

@@ -3,6 +3,7 @@
 The file's name holds a hash of everything that the lengths depend on, so an old one is never taken for a new
 one. What is counted so far is kept, too, once a minute: a start that is killed does not begin again.
 """
+import contextlib
 import hashlib
 import os
 import time
@@ -40,7 +41,8 @@ class Store:
 
     def save(self, rows):
         self.write(self.file, rows, len(rows))
-        self.unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                  # none is in a folder one may not write into
+            self.unfinished.unlink()
 
     def load_counting(self):
         """-> rows, how many of them are counted; None if no start was killed while it counted."""

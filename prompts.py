@@ -250,6 +250,8 @@ def turns_of(example):
         if turn.get("from") != expected:
             raise BadExample(f"turn {i} must be from {expected!r}, found {turn.get('from')!r}: "
                              "human and gpt take turns, human begins")
+        if TAG in turn["value"].replace(TAG, ""):           # "<ima<image>ge>": what is taken out leaves one
+            raise BadExample(f"turn {i} has a tag inside of a tag, {turn['value'][:60]!r}. Remove it")
         if expected == "gpt" and TAG in turn["value"]:
             raise BadExample(f"turn {i} is a reply and contains {TAG}; pictures stand in human turns only")
     tags, images = sum(turn["value"].count(TAG) for turn in turns), len(images_of(example))

@@ -352,6 +352,15 @@ def test_a_format_can_be_shown():
 
 # -- which format is taken -----------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("folder, prompt", [
+    ("vicuna-7b", "vicuna"), ("llava-project/models/llama-7b", "plain"), ("vicuna/phi-2", "phi"),
+    ("models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e3f527bd14065daf69dad9344000a201d", "vicuna")])
+def test_a_folder_goes_by_its_own_name_and_not_by_those_around_it(folder, prompt, tmp_path):
+    (tmp_path / folder).mkdir(parents=True)
+    assert find_prompt("auto", str(tmp_path / folder), make_tokenizer("llama")) == PROMPTS[prompt]
+    assert find_prompt("auto", "lmsys/vicuna-7b-v1.5", make_tokenizer("llama")) == PROMPTS["vicuna"]
+
+
 def test_a_format_that_is_named_is_taken_though_there_is_a_template():
     assert find_prompt("plain", "some/model", with_template("zephyr, first")) == PROMPTS["plain"]
 

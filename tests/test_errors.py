@@ -72,6 +72,8 @@ EXAMPLES = {    # kind: (the example, what the sentence says, how it is read)
     "a tag without a picture": ({"conversations": ONE}, "0 pictures under 'image', but 1 <image> tags"),
     "a tag in a reply": ({"image": "a.png", "conversations": talk("a", "<image>")},
                          "turn 1 is a reply and contains <image>; pictures stand in human turns only"),
+    "a tag in a tag": ({"image": "a.png", "conversations": talk("What <ima<image>ge> is it?", "b")},
+                       "turn 0 has a tag inside of a tag, 'What <ima<image>ge> is it?'. Remove it"),
     "align, two pictures": ({"image": ["a.png", "a.png"], "conversations": TWO},
                             "stage align needs exactly one picture per example, found 2",
                             {"captions": True}),
