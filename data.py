@@ -37,7 +37,7 @@ class Conversations(torch.utils.data.Dataset):
         import lengths
         import places
         self.path, self.language, self.pictures = Path(path), language, pictures
-        self.max_length, self.skip_bad = max_length, skip_bad
+        self.max_length, self.skip_bad, self.last = max_length, skip_bad, (None, None)
         if not self.path.is_file():                         # opening a named pipe would wait for ever
             raise UserError(f"{path} does not exist, or is no file. It should be a LLaVA JSON or "
                             "JSON-lines file")
@@ -79,7 +79,7 @@ class Conversations(torch.utils.data.Dataset):
             yield self._parse(start, end)
 
     def _parse(self, start, end):
-        """Reads one object from the file.
+        """Reads one object from the file, or gives the last one again: an episode is asked for step by step.
 
         A list of all objects, kept in memory, would be copied into every worker page by page, because Python
         writes a reference count into each object it looks at. And a mapped file would kill the process with
@@ -88,12 +88,15 @@ class Conversations(torch.utils.data.Dataset):
         try:
             with open(self.path, "rb") as file:
                 file.seek(start)
-                text, now = file.read(end - start), os.fstat(file.fileno())
+                text = b"" if self.last[0] == (start, end) else file.read(end - start)
+                now = os.fstat(file.fileno())
         except OSError as e:
             raise BadExample(f"{self.path} can't be read now ({e}). The same command continues") from e
         if (now.st_size, now.st_mtime_ns) != self.state:
             raise BadExample(f"{self.path} was changed since the start. The same command reads it anew")
-        return json.loads(text)
+        if text:
+            self.last = (start, end), json.loads(text)
+        return self.last[1]
 
     def named(self, i, error):
         """The error with its place."""

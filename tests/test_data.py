@@ -259,6 +259,25 @@ def test_a_broken_file_of_lengths_is_made_again(tmp_path):
         assert kept.read_bytes() == whole
 
 
+def test_where_lengths_can_not_be_kept_they_are_counted_and_a_line_says_so(tmp_path, capsys):
+    """As on a disk that may only be read; here the name of the hidden file would be too long."""
+    name = "a" * 235 + ".json"
+    want = dataset(tmp_path, ROWS, language()).lengths()[0].tolist()
+    assert dataset(tmp_path, ROWS, language(), name=name).lengths()[0].tolist() == want
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(File name too long); the next start counts again" in said
+    assert not list(tmp_path.glob(".aaa*"))
+
+
+def test_an_object_is_parsed_once_for_examples_in_a_row_and_a_changed_file_is_still_noticed(tmp_path):
+    data = dataset(tmp_path, ROWS, language())
+    assert data.stored(1)[0] is data.stored(1)[0] and data.stored(1)[0] == ROWS[1]
+    assert data.stored(0)[0] == ROWS[0] and data.stored(1)[0] == ROWS[1]
+    data.path.write_text(json.dumps([*ROWS, ROWS[0]]))
+    with pytest.raises(BadExample, match="was changed since the start"):
+        data.stored(1)
+
+
 def test_a_count_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     rows = [{"conversations": talk("What " * (i % 7), "A cat. " * (i % 5))} for i in range(3500)]
     want = dataset(tmp_path, rows, language(), name="whole.json").lengths()[0].tolist()
