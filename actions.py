@@ -115,19 +115,22 @@ class ActionTokens:
         if self.statistics.setdefault(data.name, learned) != learned:
             raise UserError(f"{data.path}: another file is called {data.name!r}, too, but has other actions. "
                             "Rename one of them, or its folder")
-        self.check_pictures(data.pictures_of_a_step())
-        self.pictures, = data.pictures_of_a_step()
+        found = data.pictures_of_a_step()
+        self.check_pictures(found, f"{data.path}: ")
+        self.pictures, = found
         for name in self.sizes:
             if len({len(of[name]["q01"]) for of in self.statistics.values()}) > 1:
                 raise UserError(f"{data.path}: its {name}s have another number of dimensions "
                                 "than those of the other files")
 
-    def check_pictures(self, found):
-        """A policy has learned from steps of so many pictures.
-        It would act with fewer or more, too, but at random."""
-        if found != {self.pictures or max(found)} or 0 in found:
-            raise UserError(f"a step has {' or '.join(map(str, sorted(found)))} pictures, "
-                            f"but must always have {self.pictures or 'the same number'}")
+    def check_pictures(self, found, path=""):
+        """A policy has learned from steps of so many pictures. It would act with fewer or more, too, but at
+        random. found: the numbers of pictures, or {number: where a step with so many stands}."""
+        if set(found) != {self.pictures or max(found)} or 0 in found:
+            counts = " or ".join(f"{n} ({found[n]})" if isinstance(found, dict) else str(n)
+                                 for n in sorted(found))
+            raise UserError(f"{path}a step has {counts} pictures, but must always have "
+                            f"{self.pictures or 'the same number'}")
 
     def encode(self, numbers, key, name="action"):
         """(..., A) in physical units -> (..., A) ids. name: "state" for states (..., S)."""
@@ -342,7 +345,7 @@ class Episodes(Conversations):
         here = episode["steps"][step]
         images = [here["image"]] if isinstance(here["image"], str) else here["image"]
         question = "<image>\n" * len(images) + self.policy.question(episode["instruction"])
-        actions = [each.get("action") for each in episode["steps"][step:step + self.policy.chunk]]
+        actions = numbers_of(episode, "action")[step:step + self.policy.chunk]
         state = numbers_of(episode, "state")[step] if self.policy.state else None
         return {"id": f"{episode.get('id')}/{step}", "image": images, "actions": actions, "state": state,
                 "example": i,
@@ -407,12 +410,17 @@ class Episodes(Conversations):
             if found != size:
                 raise UserError(f"{self.path}: its {name}s have {found} dimensions, "
                                 f"those of the policy {size}")
-        self.policy.check_pictures(self.pictures_of_a_step())
+        self.policy.check_pictures(self.pictures_of_a_step(), f"{self.path}: ")
 
     def pictures_of_a_step(self):
-        """The set of how many pictures the steps have. One number, in a file that can be learned from."""
-        return {1 if isinstance(step["image"], str) else len(step["image"])
-                for episode in self.objects() for step in episode["steps"]}
+        """{how many pictures a step has: the first such step}. One number, in a file to learn from."""
+        found = {}
+        for episode in self.objects():
+            for i, step in enumerate(episode["steps"]):
+                number = 1 if isinstance(step["image"], str) else len(step["image"])
+                if number not in found:
+                    found[number] = f"episode id={episode.get('id')!r}, step {i}"
+        return found
 
     def lengths(self):
         """Steps of a robot are a modality of their own, 2 (sampler.py)."""

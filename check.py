@@ -33,6 +33,8 @@ class CheckConfig:
     prompt: or_empty("prompt") = knob("", "as in train.py; empty = the preset's")
     picture_place: or_empty("picture_place") = knob("", "as in train.py; empty = the preset's")
     max_length: int = knob(2048, "as in train.py")
+    chunk: int = knob(1, "vla: as in train.py", "actions")
+    state: bool = knob(False, "vla: as in train.py; the states are then checked, too")
     show_errors: int = knob(20, "errors to print; all are counted")
     sheet: str = knob("", "draw 24 examples, spread over the file, into this .png")
 
@@ -41,7 +43,9 @@ class CheckConfig:
             raise UserError("which file? python check.py FILE --image_dir DIR")
         if self.sheet and not self.sheet.endswith(".png"):
             raise UserError(f"--sheet {self.sheet}: give a name that ends with .png")
-        check_limits(self, {"max_length": (1, 10 ** 7), "show_errors": (0, 10 ** 6)})
+        check_limits(self, {"max_length": (1, 10 ** 7), "show_errors": (0, 10 ** 6), "chunk": (1, 999)})
+        if self.stage != "vla" and (self.chunk > 1 or self.state):
+            raise UserError("--chunk and --state are for --stage vla")
         if self.preset not in PRESETS:
             raise UserError(f"--preset {self.preset}: there is none of this name. "
                             f"Choose from {', '.join(PRESETS)}")
@@ -93,7 +97,8 @@ def open_file(cfg):
     if cfg.stage != "vla":
         return Conversations(*about)
     import actions
-    policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {})
+    policy = actions.ActionTokens(actions.end_of_actions(language.tokenizer), {}, chunk=cfg.chunk,
+                                  state=cfg.state)
     data = actions.Episodes(*about, policy)
     policy.learn_units(data)
     print(json.dumps(policy.statistics, indent=1))

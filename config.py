@@ -1,8 +1,8 @@
 """Every knob of a run, once.
 
 One dataclass field is one flag, one line of --help and one entry of config.json. A value comes from, weakest
-first: the field's default, the preset, the preset's stage, the checkpoint of --ckpt (what describes the
-model), the file of --config, the command line (presets.py). No torch here, so `--help` is instant.
+first: the field's default, the preset, the preset's stage, the file of --config, the checkpoint of --ckpt
+(what describes the model), the command line (presets.py). No torch here, so `--help` is instant.
 """
 import argparse
 import json
@@ -262,6 +262,11 @@ def read_config(ckpt):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        # Not public. Python before 3.14 takes -3.2e-05, a number of a robot's state, for an unknown flag.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
     def error(self, message):
         """A wrong flag: one sentence. All ranks have it; rank zero ends first, so it is shown once."""
         time.sleep(min(int(os.environ.get("RANK", 0)), 1) * 2)

@@ -36,6 +36,7 @@ def episodes(count=3, steps=4, dimensions=3):
 
 
 def policy_and_data(folder, rows, kind="llama", chunk=1, state=False, **how):
+    folder.mkdir(exist_ok=True)
     picture(folder / "a.png")
     language = Language(make_tokenizer(kind, filler=300), PROMPTS["plain"])
     policy = ActionTokens(end_of_actions(language.tokenizer), {}, chunk=chunk, state=state)
@@ -130,6 +131,19 @@ def test_an_episode_step_is_an_example_whose_reply_is_its_action(tmp_path, kind)
     question = data.question(5)["input_ids"].tolist()
     assert example["input_ids"].tolist() == question + learned          # training = inference + action
     assert question.count(IMAGE) == PATCHES
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_actions_may_stand_in_a_list_of_the_episode(chunk, tmp_path):
+    """The statistics and the replies are those of the same numbers in the steps."""
+    rows = episodes()
+    policy, data = policy_and_data(tmp_path / "a", rows, chunk=chunk)
+    replies = [data[i]["labels"].tolist() for i in range(12)]
+    for row in rows:
+        row["action"] = [step.pop("action") for step in row["steps"]]
+    listed, data = policy_and_data(tmp_path / "b", rows, chunk=chunk)
+    assert listed.statistics["d"] == policy.statistics["d"]
+    assert [data[i]["labels"].tolist() for i in range(12)] == replies and len(set(map(tuple, replies))) > 9
 
 
 @pytest.mark.parametrize("change, message", [
@@ -611,6 +625,20 @@ def test_the_check_of_a_file_understands_episodes(robot, tmp_path, capsys):
     assert Image.open(tmp_path / "sheet.png").width == 6 * 172              # six cells in a row
 
 
+def test_the_check_of_a_file_reads_states_too_where_it_is_asked(robot, tmp_path):
+    rows = json.loads((robot / "lamp.json").read_text())
+    for row in rows:
+        for step in row["steps"]:
+            step["state"] = [0.5, 1.0]
+    rows[2]["steps"][1]["state"] = [0.5]
+    (tmp_path / "lamp.json").write_text(json.dumps(rows))
+    about = dict(file=str(tmp_path / "lamp.json"), image_dir=str(robot / "images"), stage="vla",
+                 vision_backbone=str(ROOT / "toy/vit"), llm_backbone=str(ROOT / "toy/llm"))
+    assert check.check(check.CheckConfig(**about, chunk=2)) == 0
+    with pytest.raises(UserError, match=rf"id={rows[2]['id']!r}, step 1: 'state' must be 2 finite numbers"):
+        check.check(check.CheckConfig(**about, state=True))
+
+
 def test_a_continued_policy_is_the_one_that_was_never_stopped(robot, base, tmp_path):
     """Augmentation included: a picture's crop, and whether a state is known, depend on seed, epoch and
     example, not on how often a run began."""
@@ -679,7 +707,8 @@ def test_a_dimension_that_can_not_be_kept_is_named(keep, said, tmp_path):
 
 
 @pytest.mark.parametrize("images, said", [
-    (["a.png"] * 2, "a step has 1 or 2 pictures, but must always have the same number"),
+    (["a.png"] * 2, r"d.json: a step has 1 \(episode id='e0', step 0\) or 2 \(episode id='e1', step 0\) "
+     "pictures, but must always have the same number"),
     ([], "must have a file name, or a list of them, under 'image'")])
 def test_steps_of_different_numbers_of_pictures_are_refused(images, said, tmp_path):
     rows = episodes()

@@ -121,6 +121,11 @@ def test_an_align_run_does_not_chat(world, tmp_path):  # noqa: F811
         generate.main(config.parse(GenerateConfig, ["--ckpt", str(run), "--chat"]))
 
 
+def test_a_state_is_given_in_numbers_as_python_prints_them():
+    cfg = config.parse(GenerateConfig, ["--ckpt", "r", "--prompt", "go", "--state", "0.1", "-3.2e-05", "-1."])
+    assert list(map(float, cfg.state)) == [0.1, -3.2e-05, -1.0]
+
+
 @pytest.mark.parametrize("flag", ["--state", "--unnorm_key"])
 def test_a_flag_of_policies_is_refused_where_nothing_reads_it(say, flag):
     with pytest.raises(UserError, match=f"{flag}: .* is no policy that reads it. Leave the flag out"):
