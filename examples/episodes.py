@@ -206,7 +206,8 @@ class Writer:
         or None. where: how an error names it. Raises UserError where it does not add up."""
         instruction = self.cfg.instruction or instruction
         if not isinstance(instruction, str) or not instruction.strip():
-            raise UserError(f"{where} has no instruction. Give one: --instruction 'pick up the cup'")
+            raise UserError(f"{where} has no instruction. Give one: --instruction 'pick up the cup'. It is "
+                            "then that of all episodes; convert those of another task on their own")
         check_numbers(where, "action", actions)
         lengths, sizes = [len(pictures), len(actions)], [actions.shape[1]]
         if states is not None:

@@ -15,6 +15,7 @@ are those of type "video" or "image". Where the rows and the pictures of an epis
 A video is decoded once. LeRobot's encoder may have dropped a frame with only a warning; then every later
 picture of the file is late. So the frames of a file must be exactly those that its episodes need.
 """
+import functools
 import json
 import re
 import sys
@@ -66,7 +67,6 @@ class DataSet:
             self._sort_features()
         self.episodes = sorted(self._episodes_of_v3() if self.version[1] == "3" else self._episodes_of_v2(),
                                key=lambda episode: episode.index)
-        self.texts = self._texts()
         self._check_totals(info, path)
 
     def _sort_features(self):
@@ -129,8 +129,9 @@ class DataSet:
         videos = {key: (self.path("video", video_key=key, **where), 0, length) for key in self.videos}
         return Episode(index, length, tasks, self.path("data", **where), videos)
 
-    def _texts(self):
-        """-> {task_index: instruction}"""
+    @functools.cached_property
+    def texts(self):
+        """{task_index: instruction}. With --instruction nobody asks."""
         import pyarrow.parquet as parquet
         file = self.root / ("meta/tasks.parquet" if self.version[1] == "3" else "meta/tasks.jsonl")
         with reading(file):
@@ -191,7 +192,7 @@ def joined(columns, keys, rows):
     return np.concatenate(parts, axis=1) if parts else None
 
 
-def rows_by_episode(data, path, episodes, columns):
+def rows_by_episode(data, cfg, path, episodes, columns):
     """-> for each episode of a data file, (episode, its rows in the order of their frames, its instruction).
 
     Rows are found by episode_index, never by position. Raises UserError where they are not those that the
@@ -218,7 +219,8 @@ def rows_by_episode(data, path, episodes, columns):
             if len(late):
                 raise UserError(f"{where}: the row of frame {late[0]} is timed {times[late[0]]:g} s, at "
                                 f"{data.fps:g} frames a second it should be {late[0] / data.fps:g}")
-        yield episode, rows, instruction(data, episode, columns["task_index"][rows], where)
+        text = cfg.instruction or instruction(data, episode, columns["task_index"][rows], where)
+        yield episode, rows, text
 
 
 def instruction(data, episode, tasks, where):
@@ -247,7 +249,7 @@ def write_rows(data, cfg, writer, keys):
         places = [key for key in PLACES if key != "timestamp" or key in data.features]
         columns = read_columns(path, dict.fromkeys([*places, *keys["action"], *keys["state"]]))
         columns |= {key: columns[key].ravel() for key in places}        # some store [3] instead of 3
-        checked = list(rows_by_episode(data, path, episodes, columns))
+        checked = list(rows_by_episode(data, cfg, path, episodes, columns))
         endings = write_stills(path, writer, keys["image"])
         for episode, rows, text in checked:
             names = [[writer.name(episode.index, camera, step, endings.get((episode.index, camera, step), ""))
@@ -267,7 +269,7 @@ def write_stills(path, writer, cameras):
         for batch in parquet.ParquetFile(path).iter_batches(
                 batch_size=16, columns=["episode_index", "frame_index", *cameras]):
             for row in batch.to_pylist():
-                episode, step = row["episode_index"], row["frame_index"]
+                episode, step = (int(np.ravel(row[key])[0]) for key in ("episode_index", "frame_index"))
                 for camera in cameras:
                     stored = row[camera] or {}
                     where = f"{path}, episode {episode}"

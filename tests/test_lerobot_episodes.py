@@ -253,6 +253,23 @@ def test_a_file_for_each_episode(tmp_path):
     assert_each_picture_is_its_actions(out, converted(write_v2(tmp_path / "set"), out))
 
 
+def test_an_instruction_of_the_users_stands_in_place_of_the_tasks(tmp_path):
+    source = write_v3(tmp_path / "set", change=change_task)
+    (source / "meta/tasks.parquet").unlink()
+    episodes = converted(source, tmp_path / "out", instruction="lift it")
+    assert {episode["instruction"] for episode in episodes} == {"lift it"}
+
+
+def test_places_may_be_lists_of_one_number(tmp_path):
+    source = write_stills(tmp_path / "set")
+    for file in source.glob("data/*/*.parquet"):
+        rows = parquet.read_table(file).to_pylist()
+        for row in rows:
+            row |= {key: [row[key]] for key in ("episode_index", "frame_index", "timestamp", "task_index")}
+        write_table(file, rows)
+    assert_each_picture_is_its_actions(tmp_path / "out", converted(source, tmp_path / "out"))
+
+
 def test_pictures_in_the_rows_stay_as_they_are(tmp_path):
     out = tmp_path / "out"
     episodes = converted(write_stills(tmp_path / "set"), out)
