@@ -69,6 +69,12 @@ class Handler(BaseHTTPRequestHandler):
     log_message = lambda *_: None                           # the screen is for what goes wrong
     left, began = 0, False                                  # bytes to be read; has a stream begun?
 
+    def handle_expect_100(self):
+        """curl asks before it sends a megabyte, and waits a second for what the buffer would keep back."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
     def do_GET(self):
         """Of every method."""
         place = self.command == "POST" and self.server.places.acquire(blocking=False)

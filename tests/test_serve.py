@@ -394,6 +394,17 @@ def test_a_body_of_unknown_length_is_refused_and_what_is_no_http_too(chat):
     assert chat.ask("Reverse: red star") == "star red"
 
 
+def test_who_waits_to_be_told_to_go_on_is_told_at_once(chat):
+    """curl does so before it sends a megabyte, as a picture of a camera is in json_numpy's form."""
+    body = json.dumps(text("Reverse: red star")).encode()
+    with socket.create_connection((chat.host, int(chat.port)), 5) as line:
+        line.sendall(b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+                     + f"Content-Length: {len(body)}\r\n\r\n".encode())
+        assert line.recv(100).startswith(b"HTTP/1.1 100 ")  # nothing of the body was sent yet
+        line.sendall(body)
+        assert line.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
 # -- robots --------------------------------------------------------------------------------------------------
 
 def packed(array):
