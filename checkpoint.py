@@ -189,6 +189,16 @@ def keep_newest(run, keep):
         delete_step(unfinished)
 
 
+def keep_forever(folder):
+    """A run's next checkpoints delete its old ones, but not this one: another run stands on it."""
+    state = read_state(folder)
+    try:
+        if not state.get("forever"):
+            write_text(folder / "state.json", json.dumps(state | {"forever": True}))
+    except OSError as e:                                    # a folder one may not write into
+        print(f"{folder} must stay, but its own run may delete it ({e.strerror})", file=sys.stderr)
+
+
 def delete_step(folder):
     """Deletes the files of a checkpoint, and the folder if nothing else is in it."""
     if folder.is_symlink() or not folder.is_dir():

@@ -302,7 +302,9 @@ def write_adapters(ckpt, out):
         weights.write_shards(folder, tensors.items())
         (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
         weights.write_json(folder / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run.cfg.llm_backbone,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM",
+            # A trained LLM has no folder of its own; beside the untrained one they would be another model.
+            "base_model_name_or_path": None if adapters.base else run.cfg.llm_backbone,
             "r": adapters.rank, "lora_alpha": adapters.alpha, "lora_dropout": run.cfg.lora_dropout,
             "target_modules": sorted(layers), "bias": "none", "inference_mode": True,
             "fan_in_fan_out": isinstance(adapters.layers[0], Conv1D),

@@ -97,6 +97,8 @@ def opening(cfg, model, data, sampler, total, step, rate):
     if model.adapters:
         added = model.adapters
         where = f" of {added.base['folder']}, which must stay" if added.base else ""
+        if added.base and Path(added.base["folder"]).is_dir():
+            checkpoint.keep_forever(Path(added.base["folder"]))
         say("adapters", f"rank {added.rank}, alpha {added.alpha}, beside {len(added.layers)} layers of the "
             f"language model{where}")
     say("batch", f"{sampler.global_batch_size} = {sampler.per_device_batch_size} x "

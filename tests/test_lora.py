@@ -388,6 +388,8 @@ def test_a_run_beside_a_trained_llm_saves_adapters_and_names_its_base(tuned, bes
     state = checkpoint.read_state(beside / "step-00000002")
     assert state["lora"]["base"] == {"folder": str(tuned / "step-00000002"),
                                      "started": checkpoint.started(tuned)}
+    # The base's run may go on: its next checkpoints delete old ones, but not this.
+    assert checkpoint.read_state(tuned / "step-00000002")["forever"]
     assert all(".lora_" in name or name.startswith("projector.") for name in weights(beside))
     model, under = Assistant(beside, "cpu").model, weights(tuned)
     for name, tensor in model.state_dict().items():
