@@ -278,7 +278,7 @@ def kept(run, tokenizer):
     """What an export changes in the tokenizer, and what no field of LLaVA's tells; with the ids of PROBES."""
     prompt = run.cfg.prompt
     if prompt == "auto" and not run.language.prompt.in_place:
-        prompt = chat.known(run.cfg.llm_backbone.lower(), tokenizer)
+        prompt = chat.known(chat.own_name(run.cfg.llm_backbone), tokenizer)
     return {"prompt": prompt, "picture_place": run.language.place, "actions": run.actions,
             "captions": run.language.captions, "eos_token": tokenizer.eos_token,
             "chat_template": tokenizer.chat_template,

@@ -142,7 +142,8 @@ def read_prismatic(file, folder, cfg):
             for name in tensors if name.startswith("llm_backbone/")}
     if body:                                                # an align run has not changed it
         text, tokenizer = load(AutoConfig, llm_name, "--llm_backbone"), load_tokenizer(llm_name)
-        text.vocab_size = len(tensors[body["model.embed_tokens.weight"]])
+        table = tensors[body["model.embed_tokens.weight"]]  # its type is what the file has, not the hub's
+        text.vocab_size, text.dtype = len(table), table.dtype
         tokenizer.add_special_tokens({"pad_token": "<|pad|>" if llm_id.startswith("phi") else "<PAD>"})
         llm = text, tokenizer, renamed(tensors, body)
     projector = {name.removeprefix("projector/").replace("projector.weight", "projector.0.weight")
