@@ -65,7 +65,7 @@ import ranks
 import scores
 import sheets
 from answers import Answers, fingerprint
-from checkpoint import find, write_text
+from checkpoint import find, together, write_text
 from data import Conversations
 from errors import check_writable
 from generate import Assistant
@@ -294,7 +294,8 @@ def write_scores(found, out):
 
 def main(cfg):
     device, _ = ranks.start()
-    rank, assistant = dist.get_rank(), Assistant(cfg.ckpt, device)
+    step = together(lambda: find(cfg.ckpt))                 # a run that still trains saves others meanwhile
+    rank, assistant = dist.get_rank(), Assistant(step, device)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
     if rank == 0:
         check_writable(out, [cfg.json])
@@ -309,7 +310,7 @@ def main(cfg):
         data.units()
         data.check()
     answers = Answers(out, {
-        "weights": fingerprint(find(cfg.ckpt)), "examples": data.store.file.name, "image_dir": cfg.image_dir,
+        "weights": fingerprint(step), "examples": data.store.file.name, "image_dir": cfg.image_dir,
         "max_new_tokens": cfg.max_new_tokens, "blank_images": cfg.blank_images, "unnorm_key": cfg.unnorm_key,
         # With fewer examples, a question may be about other pictures.
         "shuffle_images": [cfg.max_examples] if cfg.shuffle_images else False})
@@ -326,10 +327,13 @@ def main(cfg):
             write_scores(table | {"metric": cfg.metric, "answers": results}, out)
             contact_sheet(results, data, out.with_name(f"{out.stem}.png"), cfg.blank_images)
     ranks.barrier()                                         # rank zero's scores are on the disk
+    if unread:                                              # a picture may be there again tomorrow
+        raise UserError(f"{cfg.json}: {len(unread)} examples could not be scored and were left out (the same "
+                        f"command asks for these alone), first: {unread[0]}")
     answers.remove()
-    if unread or not results:
-        raise UserError(f"{cfg.json}: {len(unread)} examples could not be scored and were left out"
-                        f"{f', first: {unread[0]}' if unread else '; there was nothing to score'}")
+    if not results:
+        raise UserError(f"{cfg.json}: 0 examples could not be scored and were left out; "
+                        "there was nothing to score")
 
 
 if __name__ == "__main__":

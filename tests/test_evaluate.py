@@ -1,14 +1,17 @@
 """evaluate.py and answers.py: what is right, the table by type, the sheet, killed and started again."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
+import evaluate
 import forked
 import pytest
+import torch.distributed as dist
 from helpers import world_of_one
 from PIL import Image
 
@@ -235,6 +238,29 @@ def test_two_ranks_score_as_one_process_does_and_in_the_same_order(world, tmp_pa
     assert done.returncode == 0 and done.stdout.count("all together") == 1, done.stderr
     one, two = (json.loads(path.read_text()) for path in (run / "val.json", out))
     assert one == two and [row["index"] for row in two["answers"]] == list(range(12))
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_answers_are_kept_where_a_picture_is_missing_and_it_alone_is_asked_later(
+        world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    _, run, _ = run_train(world, tmp_path, "--max_steps", "1")
+    rows = [row for row in json.loads((world / "val.json").read_text()) if isinstance(row.get("image"), str)]
+    (tmp_path / "v.json").write_text(json.dumps(rows[:3]))
+    shutil.copytree(world / "images", tmp_path / "images")
+    lost = tmp_path / "images" / rows[1]["image"]
+    lost.rename(tmp_path / "lost")
+    monkeypatch.chdir(ROOT)
+    cfg = EvaluateConfig(ckpt=str(run), json=str(tmp_path / "v.json"), image_dir=str(tmp_path / "images"),
+                         out=str(tmp_path / "s.json"), num_workers=0)
+    with pytest.raises(UserError, match="1 examples could not be scored .*asks for these alone"):
+        evaluate.main(cfg)
+    dist.destroy_process_group()
+    assert json.loads((tmp_path / "s.json").read_text())["count"] == 2
+    (tmp_path / "lost").rename(lost)
+    evaluate.main(cfg)
+    dist.destroy_process_group()
+    assert "2 answers are there from before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())["count"] == 3
     assert not list(tmp_path.glob("*unfinished*"))
 
 
