@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from transformers import AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -64,8 +64,11 @@ class Pictures:
             raise BadExample(f"picture {printable(name, 400)} can't be read "
                              f"({type(e).__name__}: {printable(str(e), 400)}). Correct its name") from e
         if not inside:
+            linked = not Path(name).is_absolute() and ".." not in Path(name).parts
             raise BadExample(f"picture {name} lies outside of --image_dir {self.image_dir}; "
-                             "such paths are refused")
+                             + (f"a link leads to {path.resolve()}. Such links are refused: copy what is "
+                                "there, or make a .tar (tar --dereference)" if linked
+                                else "such paths are refused"))
         return path
 
 
@@ -73,6 +76,21 @@ class Pictures:
 Image.init()
 FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
            if name in Image.OPEN]                           # not every build of Pillow has AVIF
+
+
+T = Image.Transpose
+TURNS = dict(enumerate((T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270,
+                        T.TRANSVERSE, T.ROTATE_90), start=2))                       # EXIF's Orientation
+
+
+def upright(image):
+    """Turned as its EXIF tag says. ImageOps.exif_transpose also writes the other tags anew, and fails where
+    one of them makes no sense."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:                                       # notes that can't be read; the pixels are well
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def read_image(path):
@@ -83,7 +101,7 @@ def read_image(path):
         if not hasattr(path, "read") and Path(path).exists() and not Path(path).is_file():
             raise IsADirectoryError("this is no file")      # opening a named pipe would wait for ever
         with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file)
+            image = upright(file)
             if image.mode == "F" or (image.mode == "I" and file.format != "PPM"):   # what value is white?
                 raise ValueError("its pixels have 32 bits; save it with 8 or 16")
             if image.mode.startswith("I"):      # 16 bit: `convert` would clip everything above 255 to white

@@ -41,7 +41,7 @@ def wrap(text, font):
 
 
 def write(cells, path):
-    """The same into a file that appears whole. It may replace an older sheet, but nothing else."""
+    """The same into a file that appears whole. It may replace another PNG, but nothing else."""
     if path.exists() and not is_png(path):
         print(f"{path} is no picture, so no sheet is drawn over it")
         return

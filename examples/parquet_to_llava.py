@@ -67,19 +67,27 @@ def rows_of(path):
                         f"{printable(str(e), 300)}). Download it again") from e
 
 
+def fields_of(turn, field):
+    if not isinstance(turn, dict):
+        raise BadExample(f"'{field}' must be a turn, found {str(turn)[:60]!r}")
+    return turn
+
+
 def example_of(row):
     """A row -> the example without its pictures' names, the pictures' bytes. BadExample names the field."""
     if "texts" in row:
         pictures, turns, kind = row["images"] or [], [], ""
         for k, text in enumerate(row["texts"] or []):
+            text = fields_of(text, f"texts[{k}]")
             turns += [("human", f"texts[{k}].user", text.get("user")),
                       ("gpt", f"texts[{k}].assistant", text.get("assistant"))]
             kind = kind or text.get("source")
     else:
         pictures, kind = row.get("image") or row.get("images") or [], row.get("data_source")
         pictures = pictures if isinstance(pictures, list) else [pictures]
+        said = [fields_of(turn, f"conversations[{k}]") for k, turn in enumerate(row["conversations"] or [])]
         turns = [(turn.get("from"), f"conversations[{k}].value", turn.get("value"))
-                 for k, turn in enumerate(row["conversations"] or [])]
+                 for k, turn in enumerate(said)]
     if not turns:
         raise BadExample(f"'{'texts' if 'texts' in row else 'conversations'}' is empty")
     for k, (speaker, field, value) in enumerate(turns):

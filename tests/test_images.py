@@ -134,6 +134,25 @@ def rotated(folder):
     return folder / "a.png"
 
 
+def with_broken_notes(folder):
+    """Right way up after its first tag; a tag that no program could write again stands behind it."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0128] = 6, 7
+    data = exif.tobytes()
+    at = data.index(b"\x28\x01\x03\x00") if data[6:8] == b"II" else data.index(b"\x01\x28\x00\x03")
+    type_at = slice(at + 2, at + 4)                         # ResolutionUnit as text instead of a number
+    data = data[:type_at.start] + (b"\x02\x00" if data[6:8] == b"II" else b"\x00\x02") + data[type_at.stop:]
+    noise((37, 53)).save(folder / "a.png", exif=data)
+    with Image.open(folder / "a.png") as file, pytest.raises(Exception):    # Pillow itself gives up
+        ImageOps.exif_transpose(file)
+    return folder / "a.png"
+
+
+def with_notes_that_are_none(folder):
+    noise((37, 53)).save(folder / "a.png", exif=b"Exif\x00\x00garbage that is no TIFF")
+    return folder / "a.png"
+
+
 GREY = np.random.default_rng(1).integers(0, 256, (53, 37), np.uint8)
 RED = np.dstack([np.full_like(GREY, 255), GREY * 0, GREY * 0])
 FILES = {       # kind: (how the file is made, the pixels that a person sees)
@@ -141,7 +160,9 @@ FILES = {       # kind: (how the file is made, the pixels that a person sees)
                     np.where(GREY[..., None] < 99, np.uint8(255), RED)),
     "grey": (saved(GREY), np.dstack([GREY] * 3)),
     "16 bit": (saved(GREY.astype(np.uint16) * 256 + 77), np.dstack([GREY] * 3)),
-    "rotated by EXIF": (rotated, np.rot90(np.array(noise((37, 53))), k=-1))}
+    "rotated by EXIF": (rotated, np.rot90(np.array(noise((37, 53))), k=-1)),
+    "rotated, other notes broken": (with_broken_notes, np.rot90(np.array(noise((37, 53))), k=-1)),
+    "notes that are none": (with_notes_that_are_none, np.array(noise((37, 53))))}
 
 
 @pytest.mark.parametrize("resize", KINDS)

@@ -92,6 +92,8 @@ BAD = {"no bytes": (changed(ONEVISION[0], image={"bytes": None, "path": "a.png"}
                  "'conversations[0].value' must be from 'human', found 'gpt'"),
        "a text": (changed(ONEVISION[0], conversations=[{"from": "human", "value": None}]),
                   "'conversations[0].value' must be a text, found 'None'"),
+       "no turn": (changed(ONEVISION[0], conversations=[*said("?", "No."), None]),
+                   "'conversations[2]' must be a turn, found 'None'"),
        "a reply": (changed(ONEVISION[0], conversations=said("?", "<image>")),
                    "'conversations[1].value' is a reply and contains <image>"),
        "empty": (changed(ONEVISION[0], conversations=[]), "'conversations' is empty")}
