@@ -19,6 +19,7 @@ autocast; on a CPU it gives the type that it got, half as large where a *frozen*
 not Llama's RMSNorms). And dropout inside attention (GPT-2) takes a slower kernel on a CPU, which keeps more.
 """
 import functools
+import os
 from bisect import bisect
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ class Question(Config):
     """train.py's flags and these. It is never made, only its parser is."""
     gpus: int = knob(1, "ranks, one GPU each")
     memory: float = knob(0.0, "of one GPU; 0 = what the card has", "GB = 10^9 bytes")
+    gpus_per_machine: int = knob(8, "with --shard machine: how many share one whole, if there are as many")
     card: str = knob("", f"for its memory and the hours: {', '.join(CARDS)}")
     mfu: float = knob(0.4, "share of the card's peak that a step reaches; recomputing counts as work")
     positions: int = knob(0, "length of each example, patches included; 0 = as the longest of train_json")
@@ -74,8 +76,8 @@ def parse(argv=None):
         if not own.memory:
             raise UserError("give the --memory of one GPU in GB, or its name: --card H100")
         config.check_limits(own, {"gpus": (1, 10 ** 5), "memory": (0.1, 1e5), "mfu": (0.001, 1),
-                                  "positions": (0, 10 ** 7), "pictures": (0, 1000),
-                                  "examples": (0, 10 ** 12)})
+                                  "gpus_per_machine": (1, 10 ** 5), "positions": (0, 10 ** 7),
+                                  "pictures": (0, 1000), "examples": (0, 10 ** 12)})
         return own, Config(**flags | {"val_json": "", "val_every": 0, "prepare": "", "num_workers": 0})
     except UserError as e:
         parser.error(str(e))
@@ -95,6 +97,7 @@ import checkpoint
 import ranks
 import shard
 import train
+from actions import BINS
 from data import collate
 from images import load_image_transforms
 from ledger import PARTS, Ledger, NeedsNumbers, draw
@@ -102,7 +105,7 @@ from parallel import SLOT
 from profiling import working_type
 from prompts import IGNORE, IMAGE
 from report import DOES_NOT_FIT
-from sampler import SplitModalitySampler
+from sampler import SplitModalitySampler, uneven
 
 CPU = torch.device("cpu")
 
@@ -112,12 +115,15 @@ CPU = torch.device("cpu")
 def hollow(cfg, sampler):
     """The VLM as train.py assembles it, on the device "meta": shapes, no numbers. Of a checkpoint only the
     parts that it brings are read; if there is none yet, a stage goes by the parts that it trains."""
-    is_there = cfg.ckpt and Path(cfg.ckpt).is_dir()
+    is_there, is_policy = cfg.ckpt and Path(cfg.ckpt).is_dir(), cfg.stage == "vla"
     brings = checkpoint.parts_of(cfg, checkpoint.find(cfg.ckpt)) if is_there else ()
     cfg = replace(cfg, stage="finetune", ckpt="", no_align=True, trains=",".join(cfg.trained), compile=False)
     cfg = replace(cfg, shard="no", precision=as_on_a_gpu(cfg))              # the cut comes in `spread`
     with torch.device("meta"):
         model = train.load_model(cfg, None, sampler, torch.device("meta"))[1]
+    if is_policy and model.adapters and not model.adapters.rows:    # those of the action tokens
+        height = model.llm.get_input_embeddings().weight.shape[0]
+        model.adapters.add_rows((height - BINS, height))
     for name in set(brings) - ({"llm"} if cfg.lora_rank else set()):        # see load_vlm
         getattr(model, name).float()
     return model
@@ -274,11 +280,14 @@ def main(own, cfg):
     if own.picture and picture.exists() and not picture.read_bytes().startswith(b"\x89PNG"):
         raise UserError(f"--picture {picture} is there and no PNG. Choose another name")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=own.gpus)
+    here = min(own.gpus, own.gpus_per_machine)
+    if cfg.shard == "machine" and own.gpus % here:
+        raise UserError(f"--gpus {own.gpus} are no whole machines of --gpus_per_machine {here}")
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(here))    # torchrun's word, if train.py asks
     examples = Examples(cfg, own)
     size = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // own.gpus))
     if size not in examples.sizes():
-        raise UserError(f"--global_batch_size {cfg.global_batch_size} can't be cut into micro-batches of "
-                        f"{size} on {own.gpus} GPUs. Choose a multiple of {size * own.gpus}")
+        raise UserError(uneven(cfg.global_batch_size, size, own.gpus))
     found, room = examples.forecast(cfg, size), (own.memory - RESERVE) * 1e9
     unit, per = ("GB", 1e9) if found.peak > 1e9 else ("MB", 1e6)
     if own.one_line:

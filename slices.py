@@ -5,6 +5,7 @@ import json
 
 import torch
 
+import ranks
 from checkpoint import whole
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -16,11 +17,19 @@ def in_file_order(tensors):
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
+def gathered(tensor):
+    """The whole tensor, on every rank. A gather that waits for a rank ends the run after the group's ten
+    minutes, and rank zero may write for an hour. So the ranks meet first, in a barrier that has days."""
+    if hasattr(tensor, "full_tensor"):
+        ranks.barrier()
+    return whole(tensor)
+
+
 def give(*files):
     """What the other ranks do while rank zero writes: it gathers one tensor after the other."""
     for tensors in files:
         for name in in_file_order(tensors):
-            whole(tensors[name])
+            gathered(tensors[name])
 
 
 def write_tensors(file, tensors):
@@ -36,4 +45,4 @@ def write_tensors(file, tensors):
     with open(file, "wb") as out:
         out.write(len(head).to_bytes(8, "little") + head)
         for name in in_file_order(tensors):
-            out.write(whole(tensors[name]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            out.write(gathered(tensors[name]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -47,7 +47,7 @@ from images import Pictures, load_image_transforms
 from model import PARTS, load_vlm
 from profiling import Speed, StepProfile, phase, working_type
 from prompts import IGNORE, load_language
-from sampler import SplitModalitySampler
+from sampler import SplitModalitySampler, uneven
 
 
 def main(cfg):
@@ -170,8 +170,7 @@ def load_data(cfg, device):
                           for k in (0, 1))
     per_device = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // world_size))
     if cfg.global_batch_size % (per_device * world_size):
-        raise UserError(f"--global_batch_size {cfg.global_batch_size} can't be cut into micro-batches of "
-                        f"{per_device} on {world_size} ranks. Choose a multiple of {per_device * world_size}")
+        raise UserError(uneven(cfg.global_batch_size, per_device, world_size))
     sampler = SplitModalitySampler(lengths, has_image, global_batch_size=cfg.global_batch_size,
                                    per_device_batch_size=per_device, world_size=world_size, rank=rank,
                                    seed=cfg.seed, window=cfg.length_window)

@@ -1,5 +1,7 @@
 """plan.py counts, without numbers, what a step takes. It must be what the same step takes with numbers."""
 import json
+import os
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -325,7 +327,10 @@ def llama_7b(root):
 def answer(capsys, *flags):
     """-> what plan.py prints, its exit code"""
     dist.destroy_process_group()
-    code = plan.main(*plan.parse([*flags]))
+    try:
+        code = plan.main(*plan.parse([*flags]))
+    finally:
+        os.environ.pop("LOCAL_WORLD_SIZE", None)            # plan.py's process would end here
     return capsys.readouterr().out, code or 0
 
 
@@ -419,6 +424,29 @@ def test_a_frozen_part_that_the_checkpoint_brings_is_counted_in_fp32(world, tmp_
     assert {weight.dtype for weight in model.llm.parameters()} == {torch.float32}
     assert {weight.dtype for weight in model.vision.parameters()} == {torch.bfloat16}
     assert not any(weight.requires_grad for weight in model.llm.parameters())
+
+
+def test_shard_machine_is_counted_for_machines_and_not_for_all_gpus(world, capsys):
+    """Sixteen GPUs in machines of 8 and of 4: of twice as large slices, a GPU has twice as much."""
+    flags = ["--memory", "80", "--positions", "20", "--gpus", "16", "--global_batch_size", "16", "--picture",
+             "", "--stage", "finetune", "--no_align", "--vision_backbone", str(world / "bare/siglip"),
+             "--llm_backbone", str(world / "bare/untied"), "--per_device_batch_size", "1",
+             "--shard", "machine"]
+
+    def moments(*more):
+        text, _ = answer(capsys, *flags, *more)
+        return float(re.search(r"moments +([\d.]+)", text)[1])
+    assert moments("--gpus_per_machine", "4") == pytest.approx(2 * moments(), rel=0.1)      # in MB, rounded
+    with pytest.raises(UserError, match="--gpus 16 are no whole machines of --gpus_per_machine 5"):
+        answer(capsys, *flags, "--gpus_per_machine", "5")
+
+
+def test_the_rows_of_a_policys_tokens_are_counted_beside_adapters(world):
+    cfg = settings(world, stage="vla", no_align=False, ckpt="-", trains="projector,llm", lora_rank=4)
+    examples = plan.Examples(cfg, plan.parse(["--memory", "80", "--positions", "20"])[0])
+    model = plan.hollow(cfg, examples.sampler(2))
+    height = model.llm.get_input_embeddings().weight.shape[0]
+    assert model.adapters.rows == (height - 256, height)
 
 
 def test_a_model_that_looks_at_its_numbers_is_refused(world, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import bench_sampler
-from sampler import SplitModalitySampler
+from sampler import SplitModalitySampler, uneven
 
 # (examples with pictures, examples of text only, global batch)
 SIZES = [(1, 0, 1), (0, 1, 1), (1, 0, 8), (0, 1, 8), (1, 1, 8),     # one example of a kind
@@ -312,3 +312,10 @@ def test_of_equally_long_batches_one_with_pictures_comes_first():
     has_image = np.arange(40) < 20
     for seed in range(10):
         assert has_image[stream(samplers(np.full(40, 9), has_image, seed=seed))[0]].all()
+
+
+def test_what_to_do_where_a_batch_cannot_be_cut_is_said():
+    """A run that continues may change --per_device_batch_size, but not its global batch."""
+    assert uneven(96, 16, 4) == ("--global_batch_size 96 can't be cut into micro-batches of 16 on 4 ranks. "
+                                 "Give --per_device_batch_size 12, a run may also continue with it")
+    assert "Choose a multiple of 5; a run that continues keeps its batch" in uneven(96, 16, 5)

@@ -1,5 +1,7 @@
 """shard.py, and checkpoints of which each rank holds a slice."""
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -17,7 +19,7 @@ from model import blocks
 from test_faults import lose_steps_after
 from test_model import batches, tiny_vlm
 from test_train import (ROOT, assert_same_curve, assert_same_up_to_rounding, metrics_of,        # noqa: F401
-                        run_train, weights, world)
+                        run_train, train_command, weights, world)
 
 
 @pytest.fixture(scope="session")
@@ -164,3 +166,63 @@ def test_the_7b_presets_cut_their_weights():
     for preset in ("llava-v1.5-7b", "prism-dinosiglip-7b"):
         cfg = config.parse(config.Config, ["--preset", preset, "--train_json", "a", "--image_dir", "b"])
         assert cfg.shard == "all"
+
+
+SLOW_DISK = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+from datetime import timedelta
+import torch.distributed as dist
+begin = dist.init_process_group
+dist.init_process_group = lambda *how, **more: begin(*how, **more, timeout=timedelta(seconds=4))
+import checkpoint
+inner = checkpoint.flush
+def flush(path):
+    if str(path).endswith("model.safetensors"):
+        time.sleep(7)
+    inner(path)
+checkpoint.flush = flush
+import config, ranks, train
+ranks.run(train.main, config.parse(config.Config))
+"""
+
+
+def test_a_slow_disk_does_not_end_a_sharded_run(world, tmp_path):                               # noqa: F811
+    """The other ranks wait for rank zero longer than a collective may take (NCCL: ten minutes, here 4 s)."""
+    (tmp_path / "slow.py").write_text(SLOW_DISK)
+    command = train_command(world, tmp_path, "--max_steps", "1", "--shard", "all", ranks=2)
+    command[command.index(str(ROOT / "train.py"))] = str(tmp_path / "slow.py")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r/step-00000001/model.safetensors").exists()
+
+
+UNEQUAL = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import ranks, shard, torch.distributed as dist
+ranks.start()
+last = dist.get_rank() == 2                                 # alone on its machine
+os.environ |= {"LOCAL_WORLD_SIZE": "1" if last else "2", "LOCAL_RANK": "0" if last else os.environ["RANK"]}
+with shard.in_turn():
+    print("loads", flush=True)
+values = [dist.get_rank()]
+dist.broadcast_object_list(values, group=ranks.cpu_group)   # with one barrier too few, it would meet another
+assert values == [0]
+try:
+    shard.make_mesh("machine", ranks.find_device())
+except shard.UserError as e:
+    print(str(e), flush=True)
+"""
+
+
+def test_machines_may_have_unequal_numbers_of_ranks(tmp_path):
+    """Three ranks, as on machines of two and of one."""
+    (tmp_path / "unequal.py").write_text(UNEQUAL)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3",
+                           "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+                           str(tmp_path / "unequal.py")], cwd=ROOT, capture_output=True, text=True,
+                          timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("loads") == 3, done.stderr
+    assert done.stdout.count("Start as many on each, or give --shard all") == 3
