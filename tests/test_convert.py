@@ -441,7 +441,8 @@ def test_a_llava_folder_in_and_out_gives_the_same_tensors(tmp_path):
 
 @pytest.mark.parametrize("llm,tokenizer", [("gpt2", "gpt2"), ("llama", "llama"), ("llama", "phi")])
 def test_an_export_comes_back_as_the_run_it_was(llm, tokenizer, tmp_path):
-    run = make_run(tmp_path, llm=llm, tokenizer=tokenizer, image_resize="letterbox")
+    (tmp_path / "vicuna").mkdir()                           # around a model that is none
+    run = make_run(tmp_path / "vicuna", llm=llm, tokenizer=tokenizer, image_resize="letterbox", prompt="auto")
     back = bring_in(export(run, tmp_path / "out"), tmp_path / "back")
     one, other = Assistant(run, "cpu"), Assistant(back, "cpu")
     found = other.cfg.prompt, other.cfg.image_resize, other.cfg.picture_place

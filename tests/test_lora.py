@@ -255,6 +255,7 @@ def test_peft_computes_the_same_with_the_adapters_that_go_out(kind, tokenizer, r
     saved = peft.get_peft_model_state_dict(theirs)
     assert written.keys() == saved.keys() and all(torch.equal(written[name], saved[name]) for name in saved)
     about = json.loads((out / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == (None if "llm" in trained else str(tmp_path / "llm"))
     assert about["fan_in_fan_out"] == (kind == "gpt2")      # else peft warns, and corrects it
     assert (out / "adapter_model.safetensors").stat().st_mode & 0o044
 
