@@ -34,7 +34,7 @@ MAY_GROW = ("epochs", "max_steps")                          # see check_longer
 # What train.py and its commands write into a run folder. Anything else in it is the user's.
 RUN_FILES = ("config.json", "metrics.jsonl", "replaces.json", "dataset_statistics.json", "trace.json",
              "val.json", "val.png", "scores.json", "scores.png", "samples.png", "rollouts.json",
-             "rollouts.png", "curves.png")
+             "rollouts.png", "rollouts.gif", "curves.png")
 SCORES = "val.json", "scores.json", "rollouts.json"         # but data may have these names, too
 
 
