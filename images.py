@@ -86,6 +86,7 @@ TURNS = dict(enumerate((T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TR
 def upright(image):
     """Turned as its EXIF tag says. ImageOps.exif_transpose also writes the other tags anew, and fails where
     one of them makes no sense."""
+    image.load()                                            # a TIFF turns itself here, and drops the tag
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:                                       # notes that can't be read; the pixels are well

@@ -29,7 +29,7 @@ FORMULAS = flop_registry | {
 
 
 # What memory is for -> its color in the picture, and a word about it. From below, as they lie on each other.
-PARTS = {"weights": ("#4e79a7", "fp32 where they train, else bf16"),
+PARTS = {"weights": ("#4e79a7", "fp32 where they train or come from --ckpt, else bf16"),
          "moments": ("#59a14f", "AdamW's two averages of each weight that trains, fp32"),
          "gradients": ("#f28e2b", "fp32; DDP keeps a place for each all the time"),
          "copies": ("#76b7b2", "of weights, bf16 for autocast; with --shard what is gathered and sent"),

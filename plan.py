@@ -93,7 +93,6 @@ from torch.nn.parallel import DistributedDataParallel
 # Not public, but there is no other way to be rank 0 of 8 alone: a group whose collectives send nothing.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import checkpoint
 import ranks
 import shard
 import train
@@ -104,7 +103,7 @@ from ledger import PARTS, Ledger, NeedsNumbers, draw
 from parallel import SLOT
 from profiling import working_type
 from prompts import IGNORE, IMAGE
-from report import DOES_NOT_FIT
+from report import DOES_NOT_FIT, state_of
 from sampler import SplitModalitySampler, uneven
 
 CPU = torch.device("cpu")
@@ -115,8 +114,8 @@ CPU = torch.device("cpu")
 def hollow(cfg, sampler):
     """The VLM as train.py assembles it, on the device "meta": shapes, no numbers. Of a checkpoint only the
     parts that it brings are read; if there is none yet, a stage goes by the parts that it trains."""
-    is_there, is_policy = cfg.ckpt and Path(cfg.ckpt).is_dir(), cfg.stage == "vla"
-    brings = checkpoint.parts_of(cfg, checkpoint.find(cfg.ckpt)) if is_there else ()
+    brings = state_of(cfg.ckpt).get("parts", ()) if cfg.ckpt else ()
+    is_policy = cfg.stage == "vla"
     cfg = replace(cfg, stage="finetune", ckpt="", no_align=True, trains=",".join(cfg.trained), compile=False)
     cfg = replace(cfg, shard="no", precision=as_on_a_gpu(cfg))              # the cut comes in `spread`
     with torch.device("meta"):
@@ -280,10 +279,10 @@ def main(own, cfg):
     if own.picture and picture.exists() and not picture.read_bytes().startswith(b"\x89PNG"):
         raise UserError(f"--picture {picture} is there and no PNG. Choose another name")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=own.gpus)
-    here = min(own.gpus, own.gpus_per_machine)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", min(own.gpus, own.gpus_per_machine)))     # torchrun's word
     if cfg.shard == "machine" and own.gpus % here:
         raise UserError(f"--gpus {own.gpus} are no whole machines of --gpus_per_machine {here}")
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(here))    # torchrun's word, if train.py asks
+    os.environ["LOCAL_WORLD_SIZE"] = str(here)
     examples = Examples(cfg, own)
     size = min(cfg.per_device_batch_size, max(1, cfg.global_batch_size // own.gpus))
     if size not in examples.sizes():

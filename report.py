@@ -110,9 +110,8 @@ def opening(cfg, model, data, sampler, total, step, rate):
             f"at {rate:.2g}, where the {cfg.schedule} schedule of {total:,} steps has it")
     if not data.language.captions:
         say("prompt", printable(chat.describe(data.language)))
-        if step:
-            chat.check_same(state_of(run), data.language, run, cfg.llm_backbone)
-        different = chat.changed(state_of(cfg.ckpt), data.language)
+        before = state_of(cfg.ckpt) if cfg.ckpt and read_config(cfg.ckpt).stage != "align" else {}
+        different = chat.changed(before, data.language)     # stage align has seen no prompt
         if different:
             say("prompt", printable(different))
     example = data[0]
@@ -122,15 +121,21 @@ def opening(cfg, model, data, sampler, total, step, rate):
     say("sample 0", f"{printable(shown, 800)}     (>> << is what the loss sees)")
 
 
+def check_prompt(cfg, language):
+    """Before anything is written: a run goes on in the format that it was trained with."""
+    saved = state_of(cfg.run_folder)
+    if saved and not cfg.overwrite and not language.captions:
+        chat.check_same(saved, language, cfg.run_folder, cfg.llm_backbone)
+
+
 def state_of(ckpt):
-    """state.json of the checkpoint that a run starts from; {} where none is given, or where it comes from
-    stage align, which saw no prompt."""
-    if not ckpt or read_config(ckpt).stage == "align":
-        return {}
+    """state.json of the newest whole checkpoint of a run, or of a step folder; {} where there is none. Its
+    files, many GB, are not read through."""
     folder = Path(ckpt).resolve()
     folders = [folder] if folder.name.startswith("step-") else checkpoint.step_folders(folder)
     whole = (each for each in reversed(folders) if not checkpoint.damage(each, thorough=False))
-    return checkpoint.read_state(next(whole))               # there is one, the weights come from it
+    found = next(whole, None)
+    return checkpoint.read_state(found) if found else {}
 
 
 def last_total(run):

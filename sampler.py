@@ -27,8 +27,8 @@ def uneven(global_batch_size, per_device_batch_size, world_size):
     """The sentence for a user whose global batch can't be cut into such micro-batches."""
     share, rest = divmod(global_batch_size, world_size)
     best = max(size for size in range(1, per_device_batch_size + 1) if share % size == 0)
-    advice = (f"Choose a multiple of {world_size}; a run that continues keeps its batch, so start it on a "
-              "number of ranks that divides it" if rest else
+    advice = (f"Choose a multiple of {per_device_batch_size * world_size}; a run that continues keeps its "
+              "batch, so start it on a number of ranks that divides it" if rest else
               f"Give --per_device_batch_size {best}, a run may also continue with it")
     return (f"--global_batch_size {global_batch_size} can't be cut into micro-batches of "
             f"{per_device_batch_size} on {world_size} ranks. {advice}")

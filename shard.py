@@ -25,26 +25,26 @@ def make_mesh(kind, device):
     world = dist.get_world_size()
     if kind == "all":
         return init_device_mesh(device.type, (world,))
-    here, most = ranks_here(world)
-    if here != most or world % here:
-        raise UserError(f"--shard machine: a machine has {here} ranks, another one {most}. Start as many "
+    least, most = ranks_of_a_machine(world)
+    if least != most:
+        raise UserError(f"--shard machine: a machine has {least} ranks, another one {most}. Start as many "
                         "on each, or give --shard all")
-    return init_device_mesh(device.type, (world // here, here), mesh_dim_names=("copies", "slices"))
+    return init_device_mesh(device.type, (world // most, most), mesh_dim_names=("copies", "slices"))
 
 
-def ranks_here(alone):
-    """The ranks of this machine, and the most that any has. alone: their number without torchrun."""
+def ranks_of_a_machine(alone):
+    """The fewest and the most ranks that any machine has. alone: their number without torchrun."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", alone))
-    most = torch.tensor(here)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=ranks.cpu_group)
-    return here, int(most)
+    found = torch.tensor([-here, here])
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=ranks.cpu_group)
+    return -int(found[0]), int(found[1])
 
 
 @contextmanager
 def in_turn():
     """The ranks of a machine load one after the other: eight whole models would not fit into its memory.
     All take as many turns, as each ends with a barrier of all; machines may have unequal numbers of ranks."""
-    for turn in range(ranks_here(1)[1]):
+    for turn in range(ranks_of_a_machine(1)[1]):
         if turn == int(os.environ.get("LOCAL_RANK", 0)):
             yield
         ranks.barrier()

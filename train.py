@@ -62,6 +62,7 @@ def main(cfg):
     # micro-batches would divide by the accumulation.) --max_steps ends a run earlier, or later, than that,
     # also in the middle of an epoch; a cosine reaches zero there.
     total = cfg.max_steps or cfg.epochs * sampler.batches_per_epoch
+    report.check_prompt(cfg, files[0].language)
     report.forecast(cfg, device)        # refuses a run that can't fit
     parts, model = load_model(cfg, policy, sampler, device)
     optimizer, dtype = make_optimizer(model, cfg), working_type(cfg.precision, device)

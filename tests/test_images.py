@@ -1,4 +1,5 @@
 """images.py: resizing, normalizing, preprocessor files."""
+import struct
 import types
 
 import numpy as np
@@ -134,6 +135,14 @@ def rotated(folder):
     return folder / "a.png"
 
 
+def rotated_tiff(folder):
+    """Pillow turns a TIFF itself when its pixels are read: it must not be turned twice."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise((37, 53)).save(folder / "a.tiff", exif=exif)
+    return folder / "a.tiff"
+
+
 def with_broken_notes(folder):
     """Right way up after its first tag; a tag that no program could write again stands behind it."""
     exif = Image.Exif()
@@ -143,7 +152,7 @@ def with_broken_notes(folder):
     type_at = slice(at + 2, at + 4)                         # ResolutionUnit as text instead of a number
     data = data[:type_at.start] + (b"\x02\x00" if data[6:8] == b"II" else b"\x00\x02") + data[type_at.stop:]
     noise((37, 53)).save(folder / "a.png", exif=data)
-    with Image.open(folder / "a.png") as file, pytest.raises(Exception):    # Pillow itself gives up
+    with Image.open(folder / "a.png") as file, pytest.raises(struct.error):    # Pillow itself gives up
         ImageOps.exif_transpose(file)
     return folder / "a.png"
 
@@ -161,6 +170,7 @@ FILES = {       # kind: (how the file is made, the pixels that a person sees)
     "grey": (saved(GREY), np.dstack([GREY] * 3)),
     "16 bit": (saved(GREY.astype(np.uint16) * 256 + 77), np.dstack([GREY] * 3)),
     "rotated by EXIF": (rotated, np.rot90(np.array(noise((37, 53))), k=-1)),
+    "rotated by EXIF, TIFF": (rotated_tiff, np.rot90(np.array(noise((37, 53))), k=-1)),
     "rotated, other notes broken": (with_broken_notes, np.rot90(np.array(noise((37, 53))), k=-1)),
     "notes that are none": (with_notes_that_are_none, np.array(noise((37, 53))))}
 

@@ -418,8 +418,7 @@ def test_a_frozen_part_that_the_checkpoint_brings_is_counted_in_fp32(world, tmp_
     """As train.py holds it: what is saved again is not rounded."""
     cfg = settings(world, trains="projector", no_align=False, ckpt=str(tmp_path))
     examples = plan.Examples(cfg, plan.parse(["--memory", "80", "--positions", "20"])[0])
-    monkeypatch.setattr(plan.checkpoint, "find", lambda ckpt: ckpt)
-    monkeypatch.setattr(plan.checkpoint, "parts_of", lambda cfg, step: ["projector", "llm"])
+    monkeypatch.setattr(plan, "state_of", lambda ckpt: {"parts": ["projector", "llm"]})
     model = plan.hollow(cfg, examples.sampler(2))
     assert {weight.dtype for weight in model.llm.parameters()} == {torch.float32}
     assert {weight.dtype for weight in model.vision.parameters()} == {torch.bfloat16}

@@ -318,4 +318,4 @@ def test_what_to_do_where_a_batch_cannot_be_cut_is_said():
     """A run that continues may change --per_device_batch_size, but not its global batch."""
     assert uneven(96, 16, 4) == ("--global_batch_size 96 can't be cut into micro-batches of 16 on 4 ranks. "
                                  "Give --per_device_batch_size 12, a run may also continue with it")
-    assert "Choose a multiple of 5; a run that continues keeps its batch" in uneven(96, 16, 5)
+    assert "Choose a multiple of 80; a run that continues keeps its batch" in uneven(96, 16, 5)

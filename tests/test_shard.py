@@ -203,7 +203,7 @@ import os, sys
 sys.path.insert(0, os.getcwd())
 import ranks, shard, torch.distributed as dist
 ranks.start()
-last = dist.get_rank() == 2                                 # alone on its machine
+last = dist.get_rank() >= 2                                 # alone on its machine
 os.environ |= {"LOCAL_WORLD_SIZE": "1" if last else "2", "LOCAL_RANK": "0" if last else os.environ["RANK"]}
 with shard.in_turn():
     print("loads", flush=True)
@@ -218,11 +218,12 @@ except shard.UserError as e:
 
 
 def test_machines_may_have_unequal_numbers_of_ranks(tmp_path):
-    """Three ranks, as on machines of two and of one."""
+    """Four ranks, as on machines of two, one and one. --shard machine refuses them, on each rank."""
     (tmp_path / "unequal.py").write_text(UNEQUAL)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4",
                            "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
                            str(tmp_path / "unequal.py")], cwd=ROOT, capture_output=True, text=True,
                           timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.count("loads") == 3, done.stderr
-    assert done.stdout.count("Start as many on each, or give --shard all") == 3
+    assert done.returncode == 0 and done.stdout.count("loads") == 4, done.stderr
+    said = "a machine has 1 ranks, another one 2. Start as many on each, or give --shard all"
+    assert done.stdout.count(said) == 4

@@ -330,6 +330,7 @@ def test_a_run_does_not_go_on_in_another_prompt_format(world, tmp_path, monkeypa
     (llm / "chat_template.jinja").write_text(TEMPLATE.replace("In: ", "Question: "))
     with pytest.raises(config.UserError, match=r"'In: '.* gives .*'Question: '.* Was the template changed"):
         train_here(monkeypatch, world, tmp_path, "--max_steps", "2", *flags)
+    assert config.read_config(tmp_path / "r").max_steps == 1            # nothing was written
 
 
 CONSTANT = ("--schedule", "constant", "--warmup_ratio", "0")
