@@ -19,8 +19,9 @@ from config import UserError
 
 def fingerprint(step_folder):
     """Of a checkpoint: its place and its state, in which the checksums of its weights stand."""
-    state = (Path(step_folder) / "state.json").read_bytes()
-    return [str(Path(step_folder).resolve()), hashlib.sha256(state).hexdigest()[:16]]
+    state = json.loads((Path(step_folder) / "state.json").read_text())
+    state.pop("forever", None)                              # may be added later: another run stands on it
+    return [str(Path(step_folder).resolve()), hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]]
 
 
 class Answers:
@@ -67,6 +68,12 @@ class Answers:
     def write(self, row):
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+
+    def keep(self):
+        """For another start. A file without an answer would say nothing to it."""
+        self.file.close()
+        if self.path.read_text().count("\n") == 1:
+            self.path.unlink()
 
     def remove(self):
         """When the scores are written, these files have done their duty."""

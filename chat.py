@@ -68,7 +68,7 @@ def find_prompt(choice, name, tokenizer):
 def own_name(name):
     """Folder or hub id -> what a model is called. The folders around it may have names of other models; but
     in the hub's cache its own folder is a number, and its name is above."""
-    parts = Path(name).resolve().parts if Path(name).is_dir() else (name,)
+    parts = Path(name).absolute().parts if Path(name).is_dir() else (name,)
     return next((part for part in parts if part.startswith("models--")), parts[-1]).lower()
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from config import BadExample, UserError, check_limits, knob, parse, printable
+from config import BadExample, UserError, check_limits, knob, parse, printable, read_config
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,7 @@ def write_scores(found, out):
 
 def main(cfg):
     device, _ = ranks.start()
+    read_config(cfg.ckpt)                                   # an error if it is no run
     step = together(lambda: find(cfg.ckpt))                 # a run that still trains saves others meanwhile
     rank, assistant = dist.get_rank(), Assistant(step, device)
     out = Path(cfg.out) if cfg.out else Path(cfg.ckpt) / "scores.json"
@@ -328,6 +329,7 @@ def main(cfg):
             contact_sheet(results, data, out.with_name(f"{out.stem}.png"), cfg.blank_images)
     ranks.barrier()                                         # rank zero's scores are on the disk
     if unread:                                              # a picture may be there again tomorrow
+        answers.keep()
         raise UserError(f"{cfg.json}: {len(unread)} examples could not be scored and were left out (the same "
                         f"command asks for these alone), first: {unread[0]}")
     answers.remove()

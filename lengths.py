@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 
 KEEP_EVERY = 60                                             # seconds between two savings of what is counted
-VERSION = 4                                                 # raise it when examples become other ids
+VERSION = 5                                                 # raise it when examples become other ids
 
 
 class Store:

@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -171,9 +172,12 @@ def begin_alone(cfg, run, restarted, epoch):
 
 
 def job():
-    """What all starts of a job share, also after --requeue or --max_restarts; "" if it has no name."""
+    """What all starts of a job share, after --requeue and after --max_restarts, as a word; "" if there is
+    nothing. (Two commands inside of one salloc share it, too.)"""
     name = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return "" if name == "none" else f" of job {name}"
+    if name == "none" and os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE", ""):
+        name = f"{socket.gethostname()} {os.getppid()}"     # of one machine: torchrun outlives its ranks
+    return "" if name == "none" else f" {zlib.crc32(name.encode()):08x}"
 
 
 def move_away(run):
@@ -197,6 +201,9 @@ def forget(run):
         for file in (*(old / name for name in RUN_FILES), *trackers.event_files(old)):
             if file.name not in SCORES or holds_scores(file):
                 file.unlink(missing_ok=True)
+        for file in old.glob("*.unfinished*.jsonl"):        # answers of an evaluation that did not end
+            if file.read_bytes()[:8] == b'{"asked"':
+                file.unlink()
         if old.exists() and any(old.iterdir()):
             print(f"{old} is kept: it holds more than this program wrote")
         elif old.exists():

@@ -38,12 +38,21 @@ def asked_in(folder, split):
     return {"pick up" + words[len("Where is"):-1] for words in missions}, asked - missions
 
 
+def of_one(row):
+    """Is it one step that was told otherwise? Then its words are in its id."""
+    return ":" in row["id"]
+
+
+def demonstrations(folder, split):
+    return [row for row in rows_of(folder, split) if not of_one(row)]
+
+
 def test_training_and_held_out_missions_share_no_words(folder):
     """Nor do conversations ask for what is held out. What they ask besides is no mission: a line in the room,
     named by a column or a row, ends it."""
     for split, held_out in (("train", False), ("val", True)):
         missions, others = asked_in(folder, split)
-        for told in (missions, {row["instruction"] for row in rows_of(folder, split)}):
+        for told in (missions, {row["instruction"] for row in demonstrations(folder, split)}):
             assert len(told) > (1 if held_out else 10)
             assert all(babyai.unseen(mission) == held_out for mission in told)
         assert len(others) > 10
@@ -52,6 +61,23 @@ def test_training_and_held_out_missions_share_no_words(folder):
                                 + r" (above|below) [1-6]\?", words), words
     assert babyai.unseen("pick up a grey key")              # an article makes no other mission of it
     assert babyai.unseen("pick up the grey key") and not babyai.unseen("pick up the red ball")
+
+
+def test_each_picture_is_also_a_step_for_other_words(folder):
+    """What the expert would do there for two of the questions; never for what is held out."""
+    whole, others = demonstrations(folder, "train"), [row for row in rows_of(folder, "train") if of_one(row)]
+    assert len(whole) == 60 and len(others) > 1.8 * sum(len(row["steps"]) for row in whole)
+    missions, lines = asked_in(folder, "train")
+    lines = {"pick up" + words[len("Where is"):-1] for words in lines}
+    told = {row["instruction"] for row in others}
+    assert told <= missions | lines and told & missions and told & lines
+    assert not any(babyai.unseen(mission) for mission in told & missions)
+    by_image = {step["image"]: step["action"] for row in whole for step in row["steps"]}
+    assert all(len(row["steps"]) == 1 for row in others)
+    same = [(by_image[step["image"]], step["action"]) for row in others for step in row["steps"]]
+    assert all(here[:3] == there[:3] for here, there in same)               # the agent stands where it stands
+    assert sum(here[3:] != there[3:] for here, there in same) > len(same) / 2   # but is after something else
+    assert not any(map(of_one, rows_of(folder, "val")))
 
 
 def test_recorded_actions_do_the_mission_and_recorded_pictures_are_those_of_rollouts(folder):
@@ -68,7 +94,7 @@ def test_recorded_actions_do_the_mission_and_recorded_pictures_are_those_of_roll
 
 def test_after_a_slip_the_expert_finds_its_way(folder):
     room, slips = Room(), 0
-    for episode in rows_of(folder, "train"):
+    for episode in demonstrations(folder, "train"):
         *before, last = [step["action"][-1] for step in episode["steps"]]
         assert last == 3
         seed = int(episode["id"].split("_")[1])

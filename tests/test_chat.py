@@ -358,6 +358,8 @@ def test_a_format_can_be_shown():
 def test_a_folder_goes_by_its_own_name_and_not_by_those_around_it(folder, prompt, tmp_path):
     (tmp_path / folder).mkdir(parents=True)
     assert find_prompt("auto", str(tmp_path / folder), make_tokenizer("llama")) == PROMPTS[prompt]
+    (tmp_path / "vicuna-link").symlink_to(tmp_path / folder)
+    assert find_prompt("auto", str(tmp_path / "vicuna-link"), make_tokenizer("llama")) == PROMPTS["vicuna"]
     assert find_prompt("auto", "lmsys/vicuna-7b-v1.5", make_tokenizer("llama")) == PROMPTS["vicuna"]
 
 

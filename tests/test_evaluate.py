@@ -15,6 +15,7 @@ import torch.distributed as dist
 from helpers import world_of_one
 from PIL import Image
 
+import checkpoint
 from config import BadExample, UserError
 from answers import Answers
 from evaluate import EvaluateConfig, cell, contact_sheet, other_pictures, question, score, summary
@@ -256,6 +257,11 @@ def test_answers_are_kept_where_a_picture_is_missing_and_it_alone_is_asked_later
         evaluate.main(cfg)
     dist.destroy_process_group()
     assert json.loads((tmp_path / "s.json").read_text())["count"] == 2
+    with pytest.raises(UserError, match="1 examples could not be scored"):      # still; nothing new is kept
+        evaluate.main(cfg)
+    dist.destroy_process_group()
+    assert [path.name for path in tmp_path.glob("*unfinished*")] == ["s.unfinished.jsonl"]
+    checkpoint.keep_forever(run / "step-00000001")          # changes no answer
     (tmp_path / "lost").rename(lost)
     evaluate.main(cfg)
     dist.destroy_process_group()

@@ -139,8 +139,10 @@ def test_overwrite_keeps_data_of_the_user_that_is_called_like_scores(tmp_path):
     save(run, 1)
     (run / "val.json").write_text('[{"image": "a.png"}]')
     (run / "scores.json").write_text('{"accuracy": 0.5}')
+    (run / "scores.unfinished.jsonl").write_text('{"asked": {}}\n{"index": 3}\n')
+    (run / "mine.unfinished.jsonl").write_text("my notes")
     save(start(tmp_path, overwrite=True), 1)
-    assert names(tmp_path / "r.overwritten") == ["val.json"]
+    assert names(tmp_path / "r.overwritten") == ["mine.unfinished.jsonl", "val.json"]
 
 
 def test_overwrite_deletes_only_what_train_py_wrote(tmp_path):
