@@ -15,7 +15,9 @@ left?", "c4 left": column c, row 4, and leave to the left. A picture has several
 one action; so a model that is to look up things by words sees more examples of it. Half of the questions are
 no missions: "Where is the grey key left of e?", "... above 5?". Of the 18 plain missions with a color and a
 kind, 14 are for training, and 14 pairs can be learned by heart. With all these ends they are hundreds of
-sentences, and to put a color and a kind together is then what is learned.
+sentences, and to put a color and a kind together is then what is learned. What is learned as an answer is not
+yet known as an action; so train.json has single steps, too, for two of the questions about each picture:
+"pick up the grey key left of e", and what the expert would do.
 
 "Left" and "behind" are meant from where the agent stood at the start, which a picture of now does not show.
 So a black outline stays there, and the room is drawn so that the agent looked up then.
@@ -56,6 +58,7 @@ THINGS = 8                                                  # in a room, as Pick
 PAPER = 240, 240, 234                                       # the toy's vision knows things on bright paper
 SLIPS = 0.15                                                # how often a demonstration does something else
 QUESTIONS = 3                                               # of each sort, about a picture with enough things
+OTHERWISE = 2                                               # of these, which become steps of one action too
 ROLLOUTS_FROM = 1_000_000                                   # seeds below belong to demonstrations
 
 
@@ -171,9 +174,9 @@ class Room:
                     queue.append((pose, action if first is None else first,
                                   d if action == 2 and leave is None else leave))
 
-    def numbers(self):
+    def numbers(self, things=None):
         """An action, as the expert would do it."""
-        return *self.turned(*self.pose), *self.expert()
+        return *self.turned(*self.pose), *self.expert(things)
 
     def step(self, action):
         """-> whether the mission is done, whether the rollout is over."""
@@ -248,12 +251,20 @@ def demonstration(room, seed, slips=0.0):
         _, over = room.step(rng.integers(PICK_UP) if slip else action[-1])
 
 
+def told_otherwise(room, image, things, rng):
+    """Episodes of one step: what the expert would do here, had it been told something else. (To ask it where
+    somebody else has led: arXiv 1011.0686; to learn from one way for other goals: arXiv 1707.01495.)"""
+    for words in rng.permutation(list(things))[:OTHERWISE].tolist():
+        action = list(map(float, room.numbers(things[words])))
+        yield {"id": f"{image}: {words}", "instruction": words, "steps": [{"image": image, "action": action}]}
+
+
 def record(cfg):
     room = Room()
     with episodes.appearing(cfg.folder) as folder:
         for split, count, first in (("val", max(1, cfg.episodes // 20), ROLLOUTS_FROM // 2),
                                     ("train", cfg.episodes, 0)):
-            rows, talks, seeds = [], [], seeds_of(room, first, split == "val")
+            rows, others, talks, seeds = [], [], [], seeds_of(room, first, split == "val")
             for seed in tqdm(itertools.islice(seeds, count), total=count, desc=split, disable=None):
                 name, steps, missions = f"{split}_{seed:06d}", [], room.missions(split == "val")
                 (folder / name).mkdir()
@@ -262,13 +273,16 @@ def record(cfg):
                     image = f"{name}/{len(steps):03d}.png"
                     picture.save(folder / image, compress_level=1)
                     steps.append({"image": image, "action": list(map(float, action))})
-                    talks.append(talk(room, image, questions(room, missions, rng), rng))
+                    things = questions(room, missions, rng)
+                    talks.append(talk(room, image, things, rng))
+                    others.extend(told_otherwise(room, image, things, rng) if split == "train" else ())
                 rows.append({"id": name, "instruction": room.mission, "steps": steps})
-            (folder / f"{split}.json").write_text(json.dumps(rows))
+            (folder / f"{split}.json").write_text(json.dumps(rows + others))
             (folder / f"{split}_talk.json").write_text(json.dumps(talks))
             print(f"{cfg.folder}/{split}.json: {len(rows)} episodes, "
                   f"{sum(len(row['steps']) for row in rows)} steps, "
-                  f"{len({row['instruction'] for row in rows})} missions")
+                  f"{len({row['instruction'] for row in rows})} missions; "
+                  f"{len(others)} steps for other words")
     print(f"next     python check.py {cfg.folder}/train.json --image_dir {cfg.folder} --stage vla")
 
 
