@@ -172,11 +172,10 @@ def begin_alone(cfg, run, restarted, epoch):
 
 
 def job():
-    """What all starts of a job share, after --requeue and after --max_restarts, as a word; "" if there is
-    nothing. (Two commands inside of one salloc share it, too.)"""
+    """What all starts of a job share, after --requeue and after --max_restarts, as a word. "" where it has no
+    name (torchrun without --standalone or --rdzv_id): then a restart is believed to have begun the run that
+    it finds. Better the old run goes on than that a restart throws away what its own job has trained."""
     name = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if name == "none" and os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE", ""):
-        name = f"{socket.gethostname()} {os.getppid()}"     # of one machine: torchrun outlives its ranks
     return "" if name == "none" else f" {zlib.crc32(name.encode()):08x}"
 
 

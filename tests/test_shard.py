@@ -1,7 +1,5 @@
 """shard.py, and checkpoints of which each rank holds a slice."""
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -179,7 +177,7 @@ import checkpoint
 inner = checkpoint.flush
 def flush(path):
     if str(path).endswith("model.safetensors"):
-        time.sleep(7)
+        time.sleep(6)
     inner(path)
 checkpoint.flush = flush
 import config, ranks, train
@@ -192,8 +190,7 @@ def test_a_slow_disk_does_not_end_a_sharded_run(world, tmp_path):               
     (tmp_path / "slow.py").write_text(SLOW_DISK)
     command = train_command(world, tmp_path, "--max_steps", "1", "--shard", "all", ranks=2)
     command[command.index(str(ROOT / "train.py"))] = str(tmp_path / "slow.py")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r/step-00000001/model.safetensors").exists()
 
@@ -220,10 +217,8 @@ except shard.UserError as e:
 def test_machines_may_have_unequal_numbers_of_ranks(tmp_path):
     """Four ranks, as on machines of two, one and one. --shard machine refuses them, on each rank."""
     (tmp_path / "unequal.py").write_text(UNEQUAL)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4",
-                           "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-                           str(tmp_path / "unequal.py")], cwd=ROOT, capture_output=True, text=True,
-                          timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = forked.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--master_port=0",
+                       "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(tmp_path / "unequal.py")])
     assert done.returncode == 0 and done.stdout.count("loads") == 4, done.stderr
     said = "a machine has 1 ranks, another one 2. Start as many on each, or give --shard all"
     assert done.stdout.count(said) == 4
