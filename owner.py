@@ -201,7 +201,7 @@ def forget(run):
             if file.name not in SCORES or holds_scores(file):
                 file.unlink(missing_ok=True)
         for file in old.glob("*.unfinished*.jsonl"):        # answers of an evaluation that did not end
-            if file.read_bytes()[:8] == b'{"asked"':
+            if file.is_file() and not file.is_symlink() and file.read_bytes()[:8] == b'{"asked"':
                 file.unlink()
         if old.exists() and any(old.iterdir()):
             print(f"{old} is kept: it holds more than this program wrote")

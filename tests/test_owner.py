@@ -141,8 +141,10 @@ def test_overwrite_keeps_data_of_the_user_that_is_called_like_scores(tmp_path):
     (run / "scores.json").write_text('{"accuracy": 0.5}')
     (run / "scores.unfinished.jsonl").write_text('{"asked": {}}\n{"index": 3}\n')
     (run / "mine.unfinished.jsonl").write_text("my notes")
+    (run / "folder.unfinished.jsonl").mkdir()
     save(start(tmp_path, overwrite=True), 1)
-    assert names(tmp_path / "r.overwritten") == ["mine.unfinished.jsonl", "val.json"]
+    assert names(tmp_path / "r.overwritten") == ["folder.unfinished.jsonl", "mine.unfinished.jsonl",
+                                                 "val.json"]
 
 
 def test_overwrite_deletes_only_what_train_py_wrote(tmp_path):
