@@ -18,6 +18,7 @@ from PIL import Image
 import checkpoint
 from config import BadExample, UserError
 from answers import Answers
+from generate import Assistant
 from evaluate import EvaluateConfig, cell, contact_sheet, other_pictures, question, score, summary
 from test_train import ROOT, run_train, world  # noqa: F401
 
@@ -253,9 +254,19 @@ def test_answers_are_kept_where_a_picture_is_missing_and_it_alone_is_asked_later
     monkeypatch.chdir(ROOT)
     cfg = EvaluateConfig(ckpt=str(run), json=str(tmp_path / "v.json"), image_dir=str(tmp_path / "images"),
                          out=str(tmp_path / "s.json"), num_workers=0)
-    with pytest.raises(UserError, match="1 examples could not be scored .*asks for these alone"):
-        evaluate.main(cfg)
+    def and_then_the_run_saves_another_step(*how):
+        later = shutil.copytree(run / "step-00000001", run / "step-00000002")
+        state = json.loads((later / "state.json").read_text())
+        (later / "state.json").write_text(json.dumps(state | {"step": 2}))
+        return Assistant(*how)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "Assistant", and_then_the_run_saves_another_step)
+        with pytest.raises(UserError, match="1 examples could not be scored .*asks for these alone"):
+            evaluate.main(cfg)
     dist.destroy_process_group()
+    asked = json.loads((tmp_path / "s.unfinished.jsonl").read_text().split("\n")[0])["asked"]
+    assert asked["weights"][0] == str(run / "step-00000001")            # that is what has answered
+    shutil.rmtree(run / "step-00000002")
     assert json.loads((tmp_path / "s.json").read_text())["count"] == 2
     with pytest.raises(UserError, match="1 examples could not be scored"):      # still; nothing new is kept
         evaluate.main(cfg)
